@@ -1,0 +1,240 @@
+"""Names of axes: read them, meet them with a shape, split and join composed dimensions, broadcast by name.
+
+A layout names the dimensions of an array: `"n h w c"`. `...` stands for any number of dimensions, at most once.
+`"n ... (g k)"` says that the last dimension is composed of two axes, `g` slow and `k` fast. Inside the package a
+layout that has met a shape is a `Frame`: every axis has a name of its own and a size, composed dimensions are
+split, and the dimensions under `...` are called `...0`, `...1`.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm.errors import LayoutError, nearest, point
+
+Names = str | tuple[str, ...]
+Dims = tuple[tuple[str, ...], ...]  # one tuple a dimension: one name, the parts of a composed one, or ("...",)
+
+ELLIPSIS = "..."
+_TOKEN = re.compile(r"\s*(?:(?P<word>\.\.\.|[A-Za-z_]\w*\??)|(?P<paren>[()])|(?P<bad>\S+?))")
+
+
+def text_of(names: Names) -> str:
+    return names if isinstance(names, str) else " ".join(names)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(text: str, what: str) -> Dims:
+    """Names, one level of parentheses, one `...`: everything else is an error that points at the place."""
+
+    def wrong(token: str, why: str) -> LayoutError:
+        return LayoutError(f"{what} cannot be read: {why}\n{point(text, token)}")
+
+    dims: list[tuple[str, ...]] = []
+    group: list[str] | None = None
+    for match in _TOKEN.finditer(text.rstrip()):
+        token = match.group().strip()
+        if match["bad"]:
+            raise wrong(token, f"{token!r} is not a name. Use names (letters, digits, _), '...' and one level of ().")
+        if token == "(":
+            if group is not None:
+                raise wrong(token, "parentheses inside parentheses. One level composes a dimension of axes.")
+            group = []
+        elif token == ")":
+            if not group:
+                raise wrong(token, "')' closes nothing. A composed dimension is written '(g k)'.")
+            dims.append(tuple(group))
+            group = None
+        elif token.endswith("?") and what != "over":
+            raise wrong(token, f"{token!r}: '?' marks a mapped axis that may be absent and belongs in over.")
+        elif group is not None:
+            if token == ELLIPSIS:
+                raise wrong(token, "'...' inside parentheses. Name the axes that compose a dimension.")
+            group.append(token)
+        else:
+            dims.append((token,))
+    if group is not None:
+        raise wrong("(", "'(' is never closed.")
+    seen: set[str] = set()
+    for name in (name.rstrip("?") for dim in dims for name in dim):
+        if name in seen:
+            more = "at most one '...' is allowed" if name == ELLIPSIS else f"the name {name!r} is repeated"
+            raise wrong(name, f"{more}. Every axis has a name of its own.")
+        seen.add(name)
+    return tuple(dims)
+
+
+def parse(names: Names, what: str = "layout") -> Dims:
+    """The dimensions that a layout names.
+
+    >>> parse("n ... (g k)")
+    (('n',), ('...',), ('g', 'k'))
+    """
+    if not isinstance(names, str) and not (isinstance(names, tuple) and all(isinstance(n, str) for n in names)):
+        raise LayoutError(f"{what} must be a string of names or a tuple of strings, got {names!r}.")
+    return _parse(text_of(names), what)
+
+
+def flat(dims: Dims) -> tuple[str, ...]:
+    return tuple(name for dim in dims for name in dim)
+
+
+def parse_list(names: Names, what: str) -> tuple[str, ...]:
+    """Like `parse` for a plain list of names, where a composed dimension has no meaning."""
+    dims = parse(names, what)
+    for dim in dims:
+        if len(dim) > 1:
+            raise LayoutError(
+                f"{what} is a list of names: write the parts of ({' '.join(dim)}) without parentheses.\n"
+                + point(text_of(names), dim[0])
+            )
+    return flat(dims)
+
+
+def averaged(layout: Names, over: Names) -> tuple[str, ...]:
+    """The names of `layout` that `over` averages, in the order of the layout."""
+    listed = {name.rstrip("?") for name in parse_list(over, "over")}
+    return tuple(name for name in flat(parse(layout)) if name in listed)
+
+
+def kept(layout: Names, over: Names) -> tuple[str, ...]:
+    """The names of `layout` that `over` leaves, in the order of the layout."""
+    gone = averaged(layout, over)
+    return tuple(name for name in flat(parse(layout)) if name not in gone)
+
+
+def last(layout: Names) -> str:
+    """The last dimension of the layout that is not `...`, whole where it is composed."""
+    for dim in reversed(parse(layout)):
+        if dim != (ELLIPSIS,):
+            return dim[0] if len(dim) == 1 else f"({' '.join(dim)})"
+    return ELLIPSIS
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A layout that has met a shape: `names` and `sizes` of the split axes, `parts` of every dimension."""
+
+    layout: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f'layout "{self.layout}", shape {self.shape}'
+
+    @property
+    def ellipsis(self) -> tuple[str, ...]:
+        return tuple(name for name in self.names if name.startswith(ELLIPSIS))
+
+    def size(self, name: str) -> int:
+        return self.sizes[self.names.index(name)]
+
+    def expand(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Names with `...` replaced by the dimensions it stands for here."""
+        return tuple(n for name in names for n in (self.ellipsis if name == ELLIPSIS else (name,)))
+
+    def fold(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The inverse of `expand`: axes as the user wrote them. `...` stays even where it stands for nothing."""
+        folded: list[str] = []
+        for name in names:
+            name = ELLIPSIS if name.startswith(ELLIPSIS) else name
+            if name not in folded:
+                folded.append(name)
+        return tuple(folded)
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """Composed dimensions of `x` taken apart. A dimension of size 1 (of a mask) splits into ones."""
+        if len(self.names) == len(self.shape):
+            return x
+        return x.reshape([s for n, p in zip(x.shape, self.parts, strict=True) for s in (p if n != 1 else [1] * len(p))])
+
+    def join(self, y: jax.Array) -> jax.Array:
+        return y if y.shape == self.shape else y.reshape(self.shape)
+
+
+def meet(layout: Names, shape: tuple[int, ...], sizes: Mapping[str, int] | None = None, what: str = "x") -> Frame:
+    """Give every dimension of a shape its name, or say why it cannot be done.
+
+    >>> frame = meet("n ... (g k)", (2, 5, 5, 6), {"g": 3})
+    >>> frame.names, frame.sizes
+    (('n', '...0', '...1', 'g', 'k'), (2, 5, 5, 3, 2))
+    """
+    dims, text, sizes = parse(layout), text_of(layout), dict(sizes or {})
+    given = f'layout "{text}", {what}.shape {shape}' + (f", sizes {sizes}" if sizes else "")
+    for name, size in sizes.items():
+        if name not in flat(dims):
+            raise LayoutError(f"sizes names {name!r}, which is not in the layout.{nearest(name, flat(dims))}\n  {given}")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise LayoutError(f"sizes[{name!r}] must be a positive integer, got {size!r}.\n  {given}")
+    if (ELLIPSIS,) in dims:
+        extra = len(shape) - (len(dims) - 1)
+        at = dims.index((ELLIPSIS,))
+        if extra >= 0:
+            dims = dims[:at] + tuple((f"{ELLIPSIS}{i}",) for i in range(extra)) + dims[at + 1 :]
+    if len(dims) != len(shape):
+        few = "at least " if ELLIPSIS in flat(dims) else ""
+        count = len(dims) - bool(few)
+        raise LayoutError(f"the layout names {few}{count} dimensions, {what} has {len(shape)}.\n  {given}")
+    parts = tuple(_parts(dim, size, sizes, given) for dim, size in zip(dims, shape, strict=True))
+    return Frame(text, tuple(shape), parts, flat(dims), tuple(s for p in parts for s in p))
+
+
+def _parts(dim: tuple[str, ...], size: int, sizes: dict[str, int], given: str) -> tuple[int, ...]:
+    """The sizes of the axes that compose one dimension: all but one must be given."""
+    missing = [name for name in dim if name not in sizes]
+    known = math.prod(sizes[name] for name in dim if name in sizes)
+    whole = f"({' '.join(dim)})" if len(dim) > 1 else dim[0]
+    if len(missing) > 1:
+        raise LayoutError(
+            f"the sizes of {whole} are not known: give all but one of them, as in sizes={{{missing[0]!r}: ...}}.\n  {given}"
+        )
+    if (missing and size % known) or (not missing and size != known):
+        product = " * ".join([f"{name}={sizes[name]}" for name in dim if name in sizes] + missing)
+        raise LayoutError(f"{whole} has size {size}, which is not {product}. Change sizes.\n  {given}")
+    return tuple(sizes[name] if name in sizes else size // known for name in dim)
+
+
+def place(array: jax.Array, names: tuple[str, ...], frame: Frame, what: str) -> jax.Array:
+    """Broadcast by name: `array`, laid out along `names`, with the frame's rank and size 1 where it has no axis."""
+    for name, size in zip(names, array.shape, strict=True):
+        if name not in frame.names:
+            raise LayoutError(
+                f"{what} is laid out along {name!r}, which the layout lacks.{nearest(name, frame.names)}\n"
+                f"  {what} along \"{' '.join(frame.fold(names))}\", {frame}"
+            )
+        if size != frame.size(name):
+            raise LayoutError(
+                f"{what} has {size} entries along {name!r}, the array has {frame.size(name)}.\n"
+                f"  {what} along \"{' '.join(frame.fold(names))}\" with shape {array.shape}, {frame}"
+            )
+    order = sorted(range(len(names)), key=lambda i: frame.names.index(names[i]))
+    shape = [size if name in names else 1 for name, size in zip(frame.names, frame.sizes, strict=True)]
+    return jnp.transpose(array, order).reshape(shape)
+
+
+def place_features(array: jax.Array, features: Names, frame: Frame, what: str) -> jax.Array:
+    """`place` for scale and bias. A composed dimension may be given whole or in its parts."""
+    dims: list[tuple[str, ...]] = []
+    for dim in parse(features, "features"):
+        dims.extend([(name,) for name in frame.ellipsis] if dim == (ELLIPSIS,) else [dim])
+    for name in flat(tuple(dims)):
+        if name not in frame.names:
+            raise LayoutError(
+                f"{what} is laid out along {name!r}, which the layout lacks.{nearest(name, frame.names)}\n"
+                f'  features "{text_of(features)}", {frame}'
+            )
+    names = flat(tuple(dims))
+    apart = tuple(frame.size(name) for name in names)
+    whole = tuple(math.prod(frame.size(name) for name in dim) for dim in dims)
+    if array.shape not in (apart, whole):
+        raise LayoutError(
+            f"{what} has shape {array.shape}, its features \"{text_of(features)}\" have {whole}.\n  {frame}"
+        )
+    return place(array.reshape(apart), names, frame, what)

@@ -1,0 +1,97 @@
+"""From what a user passes to what the rule takes: every array checked, widened and placed by name."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm import rule
+from jaxnorm.errors import LayoutError
+from jaxnorm.layout import Frame, Names, meet, place_features
+from jaxnorm.mapped import Groups, resolve_over
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    frame: Frame
+    plan: rule.Plan
+    x: jax.Array
+    slots: rule.Slots
+
+
+def operands(
+    x,
+    layout: Names,
+    over: Names | None,
+    *,
+    mask=None,
+    weights=None,
+    center: bool = True,
+    sizes: Mapping[str, int] | None = None,
+    groups: Groups | None = None,
+    dtype=None,
+) -> Operands:
+    """Read a call: names become positions here, and nothing below this line knows a name."""
+    x = inexact(x, "x")
+    frame = meet(layout, x.shape, sizes)
+    dims, mapped = ((), rule.Mapped()) if over is None else resolve_over(over, frame, x, groups)
+    plan = rule.Plan(dims, mapped, center, jnp.dtype(x.dtype if dtype is None else dtype).name)
+    valid, weights = _slots(mask, weights, frame)
+    return Operands(frame, plan, frame.split(x), rule.Slots(valid, weights, mapped.member(groups)))
+
+
+def inexact(x, what: str) -> jax.Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise LayoutError(
+            f"{what} has dtype {x.dtype}: statistics of integers are not integers. Convert it first, as in "
+            f"{what}.astype(jnp.float32)."
+        )
+    return x
+
+
+def _slots(mask, weights, frame: Frame) -> tuple[jax.Array | None, jax.Array | None]:
+    """Mask and weights as arrays of the rank of split x. Weight 0 masks, so that 0 * NaN never happens."""
+    valid = None
+    if mask is not None:
+        mask = jnp.asarray(mask)
+        if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
+            raise LayoutError(f"mask has dtype {mask.dtype}: pass how much an element counts as weights=, not mask=.")
+        valid = _broadcastable(mask.astype(bool), "mask", frame)
+    if weights is None:
+        return valid, None
+    weights = _broadcastable(inexact(weights, "weights"), "weights", frame)
+    if jnp.iscomplexobj(weights):
+        raise LayoutError(f"weights have dtype {weights.dtype}: they must be real and not negative.")
+    counts = weights != 0
+    return (counts if valid is None else valid & counts), weights
+
+
+def _broadcastable(array: jax.Array, what: str, frame: Frame) -> jax.Array:
+    ones = (1,) * (len(frame.shape) - array.ndim)
+    shape = (*ones, *array.shape)
+    if len(shape) != len(frame.shape) or any(a not in (1, n) for a, n in zip(shape, frame.shape, strict=True)):
+        raise LayoutError(
+            f"{what} of shape {array.shape} does not broadcast to x. Give it the dimensions of x, with size 1 where it "
+            f"does not vary.\n  {frame}"
+        )
+    return frame.split(array.reshape(shape))
+
+
+def feature_array(array, features: Names, frame: Frame, what: str, x_dtype) -> jax.Array | None:
+    """scale or bias, placed by name and widened."""
+    if array is None:
+        return None
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        array = array.astype(jnp.float32)
+    wide = rule.wide(x_dtype)
+    wide = wide if jnp.iscomplexobj(array) else rule.real_of(wide)
+    return place_features(array.astype(wide), features, frame, what)
+
+
+def check_epsilon(epsilon, x_dtype) -> jax.Array:
+    if isinstance(epsilon, int | float) and not epsilon >= 0:
+        raise LayoutError(f"epsilon must not be negative, got {epsilon!r}.")
+    return jnp.asarray(epsilon, rule.real_of(rule.wide(x_dtype)))

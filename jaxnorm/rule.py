@@ -1,0 +1,257 @@
+"""The arithmetic of every norm, on plain arrays, with its derivatives: the only place that multiplies.
+
+Two steps. Statistics of x over some dimensions and devices:
+
+    count = sum(w),   mean = sum(w x) / count,   m2 = sum(w |x - mean|^2)
+
+and the affine step y = (x - mean) * rsqrt(var + epsilon) * scale + bias. Both are differentiated by hand, because
+plain autodiff keeps three or four float32 arrays of the size of x for the backward pass. Each has a *tangent map*,
+linear in the tangents and written once; it sits under `jax.checkpoint`, so what is kept is its non-linear input: x in
+its own dtype, the mask and the small statistics. `custom_jvp`, not `custom_vjp`: the backward pass is the transpose of
+the tangent map, so forward mode and every higher order exist (28 of 28 checks of the design's SPEED.md).
+
+With c = x - mean the tangent maps are
+
+    d mean = sum(w dx) / count,   d m2 = 2 sum(w Re(conj(c) dx)),   d count = 0
+    d y    = dx rs - d mean rs + c (ds r + s dr) + d bias,          r = rsqrt(var + epsilon), dr = -r^3 d(var + epsilon) / 2
+
+and for weights that are themselves differentiated: d count = sum(dw), d mean += sum(dw c) / count, d m2 += sum(dw |c|^2).
+
+A mean is carried as the pair shift + offset: shift is any number near the mean, constant under differentiation, offset
+the small rest. x - shift is exact or nearly so however large the mean is, and no digit of c is lost: the variance of
+N(1e6, 1) in float32 comes out to 1e-6, where x - mean with one rounded mean gives 7e-3.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxnorm.mapped import Mapped
+
+Array = jax.Array
+STATS_NAME = "jaxnorm_stats"  # what jax.checkpoint policies call the reduced statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static about a call: the dimensions and mapped axes averaged, whether the mean is, the dtype of y."""
+
+    dims: tuple[int, ...]
+    mapped: Mapped
+    center: bool
+    dtype: str
+
+
+class Slots(NamedTuple):
+    """Which elements count and how much, broadcastable to x; and which devices do (see `Mapped.member`)."""
+
+    valid: Array | None = None
+    weights: Array | None = None
+    member: Array | None = None
+
+
+class Stats(NamedTuple):
+    """Statistics with the rank of x and size 1 along what was averaged. The mean is shift + offset."""
+
+    count: Array
+    shift: Array
+    offset: Array
+    m2: Array
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype statistics are computed in: float32 or wider, complex where x is."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def real_of(dtype: Any) -> Any:
+    return jnp.finfo(dtype).dtype
+
+
+def ratio(a: jax.Array, n: jax.Array) -> jax.Array:
+    """a / n, and 0 with a zero gradient where n is not positive."""
+    positive = n > 0
+    return jnp.where(positive, a / jnp.where(positive, n, 1), 0)
+
+
+def abs_sq(z: jax.Array) -> jax.Array:
+    return jnp.real(z) ** 2 + jnp.imag(z) ** 2 if jnp.iscomplexobj(z) else z * z
+
+
+def pool(
+    count: jax.Array, shift: jax.Array, offset: jax.Array, m2: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Merge along the leading axis. A mean is kept as the pair shift + offset: a number near it, and the rest.
+
+    With n = sum n_i and s the shift of the first part that is not empty,
+
+        o_i = (shift_i - s) + offset_i,   offset = sum(n_i o_i) / n,   m2 = sum(m2_i + n_i |o_i - offset|^2)
+
+    (Chan, Golub and LeVeque 1983, for many parts at once.) Nothing the size of the mean is ever squared or summed,
+    so no digit is lost where the mean is large; m2 is a sum of squares, so it is never negative.
+    """
+    full = count > 0
+    first = jnp.argmax(full, axis=0, keepdims=True)
+    s = jnp.take_along_axis(shift, first, axis=0)
+    o = jnp.where(full, (shift - s) + offset, 0)
+    n = count.sum(0)
+    new = ratio((count * o).sum(0), n)
+    return n, s[0], new, (jnp.where(full, m2, 0) + count * abs_sq(o - new[None])).sum(0)
+
+
+def _clean(x: Array, dx: Array, slots: Slots) -> Array:
+    """`dx` (x itself, or its tangent) widened, with 0 in masked slots where x is not finite."""
+    dx = dx.astype(wide(x.dtype))
+    return dx if slots.valid is None else jnp.where(slots.valid | jnp.isfinite(x), dx, 0)
+
+
+def _sum(z: Array, plan: Plan, slots: Slots, weights: Array | None = None) -> Array:
+    """The weighted sum over the slots that count. Masked ones are selected away before any arithmetic."""
+    weights = slots.weights if weights is None else weights
+    if weights is not None:
+        z = z * weights.astype(real_of(z.dtype))
+    if slots.valid is not None:
+        z = jnp.where(slots.valid, z, 0)
+    return z.sum(plan.dims, keepdims=True)
+
+
+def _dot(c: Array, d: Array) -> Array:
+    return jnp.real(jnp.conj(c) * d) if jnp.iscomplexobj(c) else c * d
+
+
+def _statistics(plan: Plan, x: Array, slots: Slots) -> Stats:
+    z = _clean(x, x, slots)
+    count = _sum(jnp.ones(x.shape, real_of(z.dtype)), plan, slots)
+    if plan.center:
+        shift = ratio(_sum(z, plan, slots), count)
+        offset = ratio(_sum(z - shift, plan, slots), count)
+    else:
+        shift = offset = jnp.zeros_like(_sum(z, plan, slots))
+    m2 = _sum(abs_sq((z - shift) - offset), plan, slots)
+    stats = Stats(count, shift, offset, m2)
+    if plan.mapped.names:
+        stats = _merge_devices(plan, stats, slots.member)
+    return Stats(*(checkpoint_name(s, STATS_NAME) for s in stats))
+
+
+def _merge_devices(plan: Plan, stats: Stats, member: Array | None) -> Stats:
+    """One collective: everything is stacked on a new leading axis, which keeps a sharded channel axis sharded."""
+    all_stats = plan.mapped.gather(jnp.stack([s.astype(stats.shift.dtype) for s in stats]))
+    count, shift, offset, m2 = (all_stats[:, i] for i in range(4))
+    count, m2 = (z.astype(stats.m2.dtype) if not jnp.iscomplexobj(z) else jnp.real(z) for z in (count, m2))
+    if member is not None:
+        count = count * member.reshape((-1,) + (1,) * (count.ndim - 1)).astype(count.dtype)
+    return Stats(*pool(count, shift, offset, m2))
+
+
+def _centred(x: Array, stats: Stats, slots: Slots) -> Array:
+    return (_clean(x, x, slots) - stats.shift) - stats.offset
+
+
+def _statistics_tangent(plan: Plan, x: Array, slots: Slots, stats: Stats, dx: Array, dslots: Slots) -> Stats:
+    c, d = _centred(x, stats, slots), _clean(x, dx, slots)
+    rows = [_sum(d, plan, slots), _sum(_dot(c, d), plan, slots)]
+    if slots.weights is not None:
+        dw = dslots.weights
+        rows[0] += _sum(c, plan, slots, dw)
+        rows[1] += _sum(abs_sq(c), plan, slots, dw) / 2
+        rows.append(_sum(jnp.ones(x.shape, real_of(c.dtype)), plan, slots, dw))
+    sums = plan.mapped.total(jnp.stack([row.astype(c.dtype) for row in rows]), slots.member)
+    first, second = sums[0], jnp.real(sums[1])
+    dcount = jnp.real(sums[2]) if slots.weights is not None else jnp.zeros_like(stats.count)
+    doffset = ratio(first, stats.count) if plan.center else jnp.zeros_like(first)
+    return Stats(dcount, jnp.zeros_like(stats.shift), doffset, 2 * second)
+
+
+class Affine(NamedTuple):
+    """var + epsilon, scale and bias, with the rank of x or absent."""
+
+    var_eps: Array
+    scale: Array | None
+    bias: Array | None
+
+
+def _factor(var_eps: Array, scale: Array | None) -> Array:
+    r = jax.lax.rsqrt(var_eps)
+    return r if scale is None else r * scale
+
+
+def _apply(plan: Plan, x: Array, slots: Slots, stats: Stats, affine: Affine) -> Array:
+    y = _centred(x, stats, slots) * _factor(affine.var_eps, affine.scale)
+    return (y if affine.bias is None else y + affine.bias).astype(plan.dtype)
+
+
+def _apply_tangent(
+    plan: Plan, x: Array, slots: Slots, stats: Stats, affine: Affine, dx: Array, doffset: Array, daffine: Affine
+) -> Array:
+    factor, dfactor = jax.jvp(_factor, affine[:2], daffine[:2])
+    dy = (_clean(x, dx, slots) - doffset) * factor + _centred(x, stats, slots) * dfactor
+    return (dy if daffine.bias is None else dy + daffine.bias).astype(plan.dtype)
+
+
+def _var(stats: Stats, epsilon: Array) -> Array:
+    return ratio(stats.m2, stats.count) + epsilon
+
+
+def _kept_small(tangent_map):
+    """Keep only the inputs of the tangent map for the backward pass, and compute the rest again there."""
+    return jax.checkpoint(tangent_map, policy=jax.checkpoint_policies.nothing_saveable)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def statistics(plan: Plan, x: Array, slots: Slots) -> Stats:
+    """Statistics of x over the plan's dimensions and devices."""
+    return _statistics(plan, x, slots)
+
+
+@statistics.defjvp
+def _(plan, primals, tangents):
+    (x, slots), (dx, dslots) = primals, tangents
+    stats = statistics(plan, x, slots)
+    return stats, _kept_small(functools.partial(_statistics_tangent, plan))(x, slots, stats, dx, dslots)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def apply(plan: Plan, x: Array, slots: Slots, stats: Stats, affine: Affine) -> Array:
+    """The affine step with given statistics. Of them only offset is differentiated (affine holds the variance)."""
+    return _apply(plan, x, slots, stats, affine)
+
+
+@apply.defjvp
+def _(plan, primals, tangents):
+    (x, slots, stats, affine), (dx, _, dstats, daffine) = primals, tangents
+    y = apply(plan, x, slots, stats, affine)
+    tangent_map = _kept_small(functools.partial(_apply_tangent, plan))
+    return y, tangent_map(x, slots, stats, affine, dx, dstats.offset, daffine)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def standardize(
+    plan: Plan, x: Array, slots: Slots, epsilon: Array, scale: Array | None, bias: Array | None
+) -> tuple[Array, Stats]:
+    """Statistics and the affine step with them, under one rule: the gradient of x is added up before it is rounded."""
+    stats = _statistics(plan, x, slots)
+    return _apply(plan, x, slots, stats, Affine(_var(stats, epsilon), scale, bias)), stats
+
+
+def _standardize_tangent(plan, x, slots, stats, epsilon, scale, dx, dslots, depsilon, dscale, dbias):
+    dstats = _statistics_tangent(plan, x, slots, stats, dx, dslots)
+    var_eps, dvar_eps = jax.jvp(
+        lambda count, m2, eps: _var(stats._replace(count=count, m2=m2), eps),
+        (stats.count, stats.m2, epsilon),
+        (dstats.count, dstats.m2, depsilon),
+    )
+    affine, daffine = Affine(var_eps, scale, None), Affine(dvar_eps, dscale, dbias)
+    return _apply_tangent(plan, x, slots, stats, affine, dx, dstats.offset, daffine), dstats
+
+
+@standardize.defjvp
+def _(plan, primals, tangents):
+    x, slots, epsilon, scale, bias = primals
+    y, stats = standardize(plan, x, slots, epsilon, scale, bias)
+    tangent_map = _kept_small(functools.partial(_standardize_tangent, plan))
+    return (y, stats), tangent_map(x, slots, stats, epsilon, scale, *tangents)

@@ -1,0 +1,164 @@
+"""RunningStats: the averages that batch norm carries from step to step, as explicit state."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm import rule
+from jaxnorm.errors import LayoutError, named
+from jaxnorm.layout import Names
+from jaxnorm.moments import Moments, merge_along, named_sizes, transpose_to
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["mean", "var", "num_updates"], meta_fields=["axes"]
+)
+@dataclasses.dataclass(frozen=True)
+class RunningStats:
+    """Running mean and variance along named axes, and how many updates they have seen.
+
+        mean = momentum * mean + (1 - momentum) * batch mean,   var likewise
+
+    A frozen pytree, legal as a scan carry: an update changes no shape and no dtype. Before the first update it reads
+    mean 0 and var 1. `num_updates` is one int32 for all channels: an update counts where any channel had data.
+
+    Example:
+        >>> import jaxnorm as jn
+        >>> running = jn.running_stats(c=2)
+        >>> running.axes, running.mean.tolist(), running.var.tolist(), int(running.num_updates)
+        (('c',), [0.0, 0.0], [1.0, 1.0], 0)
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    num_updates: jax.Array
+    axes: tuple[str, ...]
+
+
+@named
+def running_stats(axes: Names = "c", **sizes: int) -> RunningStats:
+    """Running statistics before any update: mean 0, var 1.
+
+        mean = 0,   var = 1,   num_updates = 0
+
+    Args:
+        axes: names of the axes the statistics are kept along, as "c" or ("d", "c").
+        **sizes: the size of each of them, as c=64.
+
+    Returns:
+        RunningStats, float32.
+
+    Raises:
+        LayoutError: when the sizes are not those of the axes.
+
+    Example:
+        >>> import jaxnorm as jn
+        >>> jn.running_stats(c=64).var.shape
+        (64,)
+
+    Source: Ioffe and Szegedy 2015, section 3.1.
+
+    Differs from: Flax's `batch_stats` and torch's buffers, which live in a module; the values are the same.
+    """
+    names, shape = named_sizes(axes, sizes)
+    # distinct arrays: a donated state may not hold one buffer twice
+    return RunningStats(jnp.zeros(shape), jnp.ones(shape), jnp.zeros((), jnp.int32), names)
+
+
+@named
+def update(
+    running: RunningStats, moments: Moments, momentum=0.99, *, debias: bool = False, unbiased: bool = False
+) -> RunningStats:
+    """Running statistics after one more batch.
+
+        new = momentum_t * old + (1 - momentum_t) * batch
+
+        momentum_t = momentum                                             Flax's rule, to the bit
+                   = momentum (1 - momentum^t) / (1 - momentum^(t + 1))   debias=True
+                   = t / (t + 1)                                          momentum=None, t updates before this one
+
+    With `debias` what is stored is always the bias-corrected average (that of Adam), ready to read after one step.
+    Moments with count 0 leave their channel as it is. Axes that `running` lacks are merged first, which is what ghost
+    batch norm needs. No gradient flows into running state.
+
+    Args:
+        running: the state so far.
+        moments: of one batch, or of many merged, along at least the axes of `running`.
+        momentum: the part of the old value that is kept, 0 to 1; None for the cumulative average, in which every
+            update weighs the same.
+        debias: warm the momentum up, so that the initial 0 and 1 carry no weight.
+        unbiased: average the variance with Bessel's correction, count / (count - 1).
+
+    Returns:
+        RunningStats of the same shapes and dtypes. (Complex moments make a real mean complex, as in Flax.)
+
+    Raises:
+        LayoutError: when `moments` lacks an axis of `running` or has another size along it.
+        ValueError: when momentum is not in [0, 1], or is 1 with `debias`.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm as jn
+        >>> batch = jn.moments(jnp.array([[1.0], [3.0]]), "n c", "n")
+        >>> jn.update(jn.running_stats(c=1), batch, momentum=0.75).mean.tolist()
+        [0.5]
+        >>> jn.update(jn.running_stats(c=1), batch, momentum=0.75, debias=True).mean.tolist()
+        [2.0]
+
+    Source: Ioffe and Szegedy 2015, algorithm 2; Kingma and Ba 2015, section 3 (bias correction).
+
+    Differs from: torch, whose momentum is the part of the *new* value (0.1 there is 0.9 here), whose None is the
+        cumulative average too, and which stores the unbiased variance; Flax has neither debias nor None.
+    """
+    _check(running, moments, momentum, debias)
+    merged = transpose_to(merge_along(moments, tuple(n for n in moments.axes if n not in running.axes)), running.axes)
+    if merged.mean.shape != running.mean.shape:
+        raise LayoutError(
+            f"moments along {merged.axes} have shape {merged.mean.shape}, the running statistics {running.mean.shape}."
+        )
+    merged = jax.tree.map(jax.lax.stop_gradient, merged)
+    old, new = _factors(running.num_updates, momentum, debias)
+    some = merged.count > 0
+
+    def average(kept: jax.Array, batch: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(kept.dtype, batch.dtype)
+        store = dtype if jnp.iscomplexobj(batch) else kept.dtype
+        mixed = _as(old, dtype) * kept.astype(dtype) + _as(new, dtype) * batch.astype(dtype)
+        return jnp.where(some, mixed, kept.astype(dtype)).astype(store)
+
+    var = merged.var_unbiased if unbiased else merged.var
+    num_updates = running.num_updates + jnp.any(some).astype(running.num_updates.dtype)
+    return RunningStats(average(running.mean, merged.mean), average(running.var, var), num_updates, running.axes)
+
+
+def _as(factor, dtype):
+    """Python numbers stay as they are: as in Flax, they meet the statistics in their dtype."""
+    return factor if isinstance(factor, int | float) else factor.astype(rule.real_of(dtype))
+
+
+def _factors(num_updates: jax.Array, momentum, debias: bool):
+    """The weights of the old and the new value."""
+    t = num_updates.astype(jnp.float32)
+    if momentum is None:
+        return t / (t + 1), 1 / (t + 1)
+    if not debias:
+        return momentum, 1 - momentum
+    tiny = float(jnp.finfo(jnp.float32).tiny)  # log(0) times t = 0 would be NaN
+    log = math.log(max(momentum, tiny)) if isinstance(momentum, int | float) else jnp.log(jnp.maximum(momentum, tiny))
+    old = momentum * jnp.expm1(t * log) / jnp.expm1((t + 1) * log)  # expm1: 1 - momentum^t keeps its digits
+    return old, 1 - old
+
+
+def _check(running: RunningStats, moments: Moments, momentum, debias: bool) -> None:
+    missing = [name for name in running.axes if name not in moments.axes]
+    if missing:
+        raise LayoutError(
+            f"the running statistics are kept along {missing[0]!r}, which the moments lack.\n"
+            f"  running along {running.axes}, moments along {moments.axes}: averaged too much? See over."
+        )
+    if isinstance(momentum, int | float) and not 0 <= momentum <= 1:
+        raise ValueError(f"jaxnorm.update: momentum is the part of the old value that is kept, 0 to 1, got {momentum}.")
+    if debias and isinstance(momentum, int | float) and momentum == 1:
+        raise ValueError("jaxnorm.update: momentum=1 with debias never ends its warm-up. momentum=None is its limit.")
