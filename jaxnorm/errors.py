@@ -25,6 +25,10 @@ class LayoutError(_Error):
     """A layout, an array or a list of names that do not fit each other."""
 
 
+class ArgumentError(_Error):
+    """A number outside its range, or an argument of the wrong kind."""
+
+
 class AxisError(_Error):
     """A mapped axis (of vmap, pmap or shard_map) that is missing, ambiguous or cannot be reduced over."""
 
@@ -49,7 +53,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def point(text: str, name: str) -> str:
-    """Two lines: the text, and a caret under the last place where `name` stands in it."""
-    places = list(re.finditer(rf"(?<![\w.]){re.escape(name)}(?![\w.])", text)) or list(re.finditer(re.escape(name), text))
-    return f'  "{text}"' + (f"\n   {' ' * places[-1].start()}{'^' * len(name)}" if places else "")
+def point(text: str, name: str, label: str = "") -> str:
+    """Two lines: the labelled text, and a caret under the last place where `name` stands in it."""
+    places = list(re.finditer(rf"(?<![\w.]){re.escape(name)}(?![\w.])", text)) or list(
+        re.finditer(re.escape(name), text)
+    )
+    lead = f'  {label} "' if label else '  "'
+    return f'{lead}{text}"' + (f"\n{' ' * (len(lead) + places[-1].start())}{'^' * len(name)}" if places else "")

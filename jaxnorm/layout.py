@@ -33,7 +33,7 @@ def _parse(text: str, what: str) -> Dims:
     """Names, one level of parentheses, one `...`: everything else is an error that points at the place."""
 
     def wrong(token: str, why: str) -> LayoutError:
-        return LayoutError(f"{what} cannot be read: {why}\n{point(text, token)}")
+        return LayoutError(f"{what} cannot be read: {why}\n{point(text, token, what)}")
 
     dims: list[tuple[str, ...]] = []
     group: list[str] | None = None
@@ -91,7 +91,7 @@ def parse_list(names: Names, what: str) -> tuple[str, ...]:
         if len(dim) > 1:
             raise LayoutError(
                 f"{what} is a list of names: write the parts of ({' '.join(dim)}) without parentheses.\n"
-                + point(text_of(names), dim[0])
+                + point(text_of(names), dim[0], what)
             )
     return flat(dims)
 
@@ -118,16 +118,16 @@ def last(layout: Names) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A layout that has met a shape: `names` and `sizes` of the split axes, `parts` of every dimension."""
+    """A layout that has met a shape: `names` and `sizes` of the split axes, `parts` of every dimension.
 
-    layout: str
+    `given` is what the user wrote, for messages.
+    """
+
+    given: str
     shape: tuple[int, ...]
     parts: tuple[tuple[int, ...], ...]
     names: tuple[str, ...]
     sizes: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f'layout "{self.layout}", shape {self.shape}'
 
     @property
     def ellipsis(self) -> tuple[str, ...]:
@@ -159,7 +159,13 @@ class Frame:
         return y if y.shape == self.shape else y.reshape(self.shape)
 
 
-def meet(layout: Names, shape: tuple[int, ...], sizes: Mapping[str, int] | None = None, what: str = "x") -> Frame:
+def meet(
+    layout: Names,
+    shape: tuple[int, ...],
+    sizes: Mapping[str, int] | None = None,
+    over: Names | None = None,
+    what: str = "x",
+) -> Frame:
     """Give every dimension of a shape its name, or say why it cannot be done.
 
     >>> frame = meet("n ... (g k)", (2, 5, 5, 6), {"g": 3})
@@ -167,12 +173,13 @@ def meet(layout: Names, shape: tuple[int, ...], sizes: Mapping[str, int] | None 
     (('n', '...0', '...1', 'g', 'k'), (2, 5, 5, 3, 2))
     """
     dims, text, sizes = parse(layout), text_of(layout), dict(sizes or {})
-    given = f'layout "{text}", {what}.shape {shape}' + (f", sizes {sizes}" if sizes else "")
+    given = f'  layout "{text}", ' + ("" if over is None else f'over "{text_of(over)}", ') + f"{what}.shape {shape}"
+    given += f", sizes {sizes}" if sizes else ""
     for name, size in sizes.items():
         if name not in flat(dims):
-            raise LayoutError(f"sizes names {name!r}, which is not in the layout.{nearest(name, flat(dims))}\n  {given}")
+            raise LayoutError(f"sizes names {name!r}, which is not in the layout.{nearest(name, flat(dims))}\n{given}")
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise LayoutError(f"sizes[{name!r}] must be a positive integer, got {size!r}.\n  {given}")
+            raise LayoutError(f"sizes[{name!r}] must be a positive integer, got {size!r}.\n{given}")
     if (ELLIPSIS,) in dims:
         extra = len(shape) - (len(dims) - 1)
         at = dims.index((ELLIPSIS,))
@@ -181,23 +188,23 @@ def meet(layout: Names, shape: tuple[int, ...], sizes: Mapping[str, int] | None 
     if len(dims) != len(shape):
         few = "at least " if ELLIPSIS in flat(dims) else ""
         count = len(dims) - bool(few)
-        raise LayoutError(f"the layout names {few}{count} dimensions, {what} has {len(shape)}.\n  {given}")
+        raise LayoutError(f"the layout names {few}{count} dimensions, {what} has {len(shape)}.\n{given}")
     parts = tuple(_parts(dim, size, sizes, given) for dim, size in zip(dims, shape, strict=True))
-    return Frame(text, tuple(shape), parts, flat(dims), tuple(s for p in parts for s in p))
+    return Frame(given, tuple(shape), parts, flat(dims), tuple(s for p in parts for s in p))
 
 
 def _parts(dim: tuple[str, ...], size: int, sizes: dict[str, int], given: str) -> tuple[int, ...]:
     """The sizes of the axes that compose one dimension: all but one must be given."""
     missing = [name for name in dim if name not in sizes]
     known = math.prod(sizes[name] for name in dim if name in sizes)
-    whole = f"({' '.join(dim)})" if len(dim) > 1 else dim[0]
+    whole = f"({' '.join(dim)})" if len(dim) > 1 else "".join(dim)
     if len(missing) > 1:
         raise LayoutError(
-            f"the sizes of {whole} are not known: give all but one of them, as in sizes={{{missing[0]!r}: ...}}.\n  {given}"
+            f"the sizes of {whole} are not known: give all but one of them, as in sizes={{{missing[0]!r}: ...}}.\n{given}"
         )
     if (missing and size % known) or (not missing and size != known):
         product = " * ".join([f"{name}={sizes[name]}" for name in dim if name in sizes] + missing)
-        raise LayoutError(f"{whole} has size {size}, which is not {product}. Change sizes.\n  {given}")
+        raise LayoutError(f"{whole} has size {size}, which is not {product}. Change sizes.\n{given}")
     return tuple(sizes[name] if name in sizes else size // known for name in dim)
 
 
@@ -207,12 +214,12 @@ def place(array: jax.Array, names: tuple[str, ...], frame: Frame, what: str) -> 
         if name not in frame.names:
             raise LayoutError(
                 f"{what} is laid out along {name!r}, which the layout lacks.{nearest(name, frame.names)}\n"
-                f"  {what} along \"{' '.join(frame.fold(names))}\", {frame}"
+                f'  {what} along "{" ".join(frame.fold(names))}"\n{frame.given}'
             )
         if size != frame.size(name):
             raise LayoutError(
                 f"{what} has {size} entries along {name!r}, the array has {frame.size(name)}.\n"
-                f"  {what} along \"{' '.join(frame.fold(names))}\" with shape {array.shape}, {frame}"
+                f'  {what} along "{" ".join(frame.fold(names))}" with shape {array.shape}\n{frame.given}'
             )
     order = sorted(range(len(names)), key=lambda i: frame.names.index(names[i]))
     shape = [size if name in names else 1 for name, size in zip(frame.names, frame.sizes, strict=True)]
@@ -228,13 +235,13 @@ def place_features(array: jax.Array, features: Names, frame: Frame, what: str) -
         if name not in frame.names:
             raise LayoutError(
                 f"{what} is laid out along {name!r}, which the layout lacks.{nearest(name, frame.names)}\n"
-                f'  features "{text_of(features)}", {frame}'
+                f"{point(text_of(features), name, 'features')}\n{frame.given}"
             )
     names = flat(tuple(dims))
     apart = tuple(frame.size(name) for name in names)
     whole = tuple(math.prod(frame.size(name) for name in dim) for dim in dims)
     if array.shape not in (apart, whole):
         raise LayoutError(
-            f"{what} has shape {array.shape}, its features \"{text_of(features)}\" have {whole}.\n  {frame}"
+            f'{what} has shape {array.shape}, its features "{text_of(features)}" have {whole}.\n{frame.given}'
         )
     return place(array.reshape(apart), names, frame, what)

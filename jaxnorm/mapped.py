@@ -106,7 +106,7 @@ def resolve_over(
     names = parse_list(over, "over")
     text = text_of(over)
     if not names:
-        raise AxisError(f"over is empty: name the axes whose elements are averaged together.\n  {frame}")
+        raise AxisError(f"over is empty: name the axes whose elements are averaged together.\n{frame.given}")
     dims: list[int] = []
     mapped: list[str] = []
     for listed in names:
@@ -116,7 +116,7 @@ def resolve_over(
             if name in frame.names and is_mapped(name):
                 raise AxisError(
                     f"{name!r} is both a dimension of the layout and a mapped axis. Rename one of them.\n"
-                    f"{point(text, name)}\n  {frame}"
+                    f"{point(text, name, 'over')}\n{frame.given}"
                 )
             dims.extend(frame.names.index(n) for n in inside)
         elif is_mapped(name):
@@ -131,7 +131,7 @@ def _unbound(name: str, text: str, frame: Frame) -> AxisError:
     known = (*(n for n in frame.names if not n.startswith("...")), *bound)
     return AxisError(
         f"{name!r} in over is neither a dimension of the layout nor a mapped axis.{nearest(name, known)}\n"
-        f"{point(text, name)}\n  {frame}\n  mapped axes bound here: {', '.join(bound) or 'none'}\n"
+        f"{point(text, name, 'over')}\n{frame.given}\n  mapped axes bound here: {', '.join(bound) or 'none'}\n"
         f"  Put the call under vmap(..., axis_name={name!r}), pmap or shard_map, or write {name + '?'!r} to skip the "
         "axis where it is absent. Under jit over sharded arrays leave it out: statistics are global there."
     )
@@ -143,7 +143,7 @@ def _mapped(names: tuple[str, ...], x: jax.Array, text: str, groups: Groups | No
         if name not in manual and varying(x):
             raise AxisError(
                 f"{name!r} is an axis of vmap inside shard_map(check_vma=True), where JAX cannot reduce over it. Make it a "
-                f"dimension of the layout (no vmap), or pass check_vma=False to shard_map.\n{point(text, name)}"
+                f"dimension of the layout (no vmap), or pass check_vma=False to shard_map.\n{point(text, name, 'over')}"
             )
     size = 1
     for name in names:
@@ -151,7 +151,7 @@ def _mapped(names: tuple[str, ...], x: jax.Array, text: str, groups: Groups | No
     grouped = None
     for name, parts in (groups or {}).items():
         if name not in text.replace("?", "").split():
-            raise AxisError(f"groups names {name!r}, which is not in over.{nearest(name, names)}\n  over \"{text}\"")
+            raise AxisError(f'groups names {name!r}, which is not in over.{nearest(name, names)}\n  over "{text}"')
         if name not in names:
             continue  # an optional axis that is absent here
         if grouped is not None:

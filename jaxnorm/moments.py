@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxnorm import rule
 from jaxnorm.errors import LayoutError, named
@@ -13,9 +14,7 @@ from jaxnorm.mapped import Groups
 from jaxnorm.operands import operands
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["count", "mean", "m2"], meta_fields=["axes"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["count", "mean", "m2"], meta_fields=["axes"])
 @dataclasses.dataclass(frozen=True)
 class Moments:
     """Count, mean and centred sum of squares of the elements averaged, one of each along the axes that are left.
@@ -55,12 +54,12 @@ class Moments:
 
 @named
 def moments(
-    x,
+    x: ArrayLike,
     layout: Names = "... c",
     over: Names = "...",
     *,
-    mask=None,
-    weights=None,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     center: bool = True,
     sizes: dict[str, int] | None = None,
     groups: Groups | None = None,
@@ -110,8 +109,8 @@ def moments(
 def from_stats(stats: rule.Stats, dims: tuple[int, ...], axes: tuple[str, ...]) -> Moments:
     """The rule's statistics without the dimensions that were averaged."""
     mean = stats.shift + stats.offset
-    count = jnp.broadcast_to(stats.count, mean.shape)
-    return Moments(*(jnp.squeeze(z, dims) for z in (count, mean, stats.m2)), axes)
+    count = jnp.broadcast_to(stats.n, mean.shape)
+    return Moments(jnp.squeeze(count, dims), jnp.squeeze(mean, dims), jnp.squeeze(stats.m2, dims), axes)
 
 
 @named
@@ -140,7 +139,7 @@ def empty_moments(axes: Names, **sizes: int) -> Moments:
     Differs from: Flax and torch have no moments.
     """
     names, shape = named_sizes(axes, sizes)
-    return Moments(*(jnp.zeros(shape, jnp.float32) for _ in range(3)), names)
+    return Moments(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape), names)  # three buffers: it can be donated
 
 
 def named_sizes(axes: Names, sizes: dict[str, int]) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -206,9 +205,11 @@ def transpose_to(m: Moments, axes: tuple[str, ...]) -> Moments:
     if m.axes == axes:
         return m
     if set(m.axes) != set(axes) or ELLIPSIS in axes:
-        raise LayoutError(f"moments along {m.axes} cannot be merged with moments along {axes}: the axes must be the same.")
+        raise LayoutError(
+            f"moments along {m.axes} cannot be merged with moments along {axes}: the axes must be the same."
+        )
     order = [m.axes.index(name) for name in axes]
-    return Moments(*(jnp.transpose(z, order) for z in (m.count, m.mean, m.m2)), axes)
+    return Moments(jnp.transpose(m.count, order), jnp.transpose(m.mean, order), jnp.transpose(m.m2, order), axes)
 
 
 def merge_along(m: Moments, names: tuple[str, ...]) -> Moments:

@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxnorm import rule
-from jaxnorm.errors import named
+from jaxnorm.errors import ArgumentError, named
 from jaxnorm.layout import Names, kept, last, meet, place
 from jaxnorm.mapped import Groups
 from jaxnorm.moments import Moments, from_stats
@@ -14,14 +15,14 @@ from jaxnorm.running import RunningStats
 
 @named
 def normalize(
-    x,
+    x: ArrayLike,
     stats: Moments | RunningStats,
     layout: Names = "... c",
     *,
-    scale=None,
-    bias=None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     features: Names | None = None,
-    epsilon=1e-5,
+    epsilon: ArrayLike = 1e-5,
     sizes: dict[str, int] | None = None,
     dtype=None,
 ) -> jax.Array:
@@ -71,6 +72,8 @@ def normalize(
     Differs from: Flax, which returns float32 for bfloat16 `x` with float32 parameters (our Flax modules do too); torch,
         whose statistics match by position.
     """
+    if not isinstance(stats, Moments | RunningStats):
+        raise ArgumentError(f"stats must be Moments or RunningStats, got {type(stats).__name__}.")
     op = operands(x, layout, None, sizes=sizes, dtype=dtype)
     x_dtype = op.x.dtype
     real = rule.real_of(rule.wide(x_dtype))
@@ -79,7 +82,14 @@ def normalize(
     mean, var = (place(z, axes, op.frame, "stats") for z in (stats.mean.astype(mean_dtype), stats.var.astype(real)))
     shift = jnp.zeros_like(mean)  # the mean is all offset: that is the part which is differentiated
     placed = rule.Stats(jnp.ones_like(var), shift, mean, var)
-    affine = _affine(var + check_epsilon(epsilon, x_dtype), scale, bias, last(layout) if features is None else features, op.frame, x_dtype)
+    affine = _affine(
+        var + check_epsilon(epsilon, x_dtype),
+        scale,
+        bias,
+        last(layout) if features is None else features,
+        op.frame,
+        x_dtype,
+    )
     return op.frame.join(rule.apply(op.plan, op.x, op.slots, placed, affine))
 
 
@@ -93,16 +103,16 @@ def _affine(var_eps, scale, bias, features, frame, x_dtype) -> rule.Affine:
 
 @named
 def standardize(
-    x,
+    x: ArrayLike,
     layout: Names = "... c",
     over: Names = "...",
     *,
-    scale=None,
-    bias=None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     features: Names | None = None,
-    epsilon=1e-5,
-    mask=None,
-    weights=None,
+    epsilon: ArrayLike = 1e-5,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     center: bool = True,
     sizes: dict[str, int] | None = None,
     groups: Groups | None = None,
@@ -148,9 +158,7 @@ def standardize(
 
     Differs from: Flax, whose default variance is E[x^2] - E[x]^2; torch, which keeps no statistics of layer norm.
     """
-    op = operands(
-        x, layout, over, mask=mask, weights=weights, center=center, sizes=sizes, groups=groups, dtype=dtype
-    )
+    op = operands(x, layout, over, mask=mask, weights=weights, center=center, sizes=sizes, groups=groups, dtype=dtype)
     eps = check_epsilon(epsilon, op.x.dtype)
     affine = _affine(eps, scale, bias, last(layout) if features is None else features, op.frame, op.x.dtype)
     y, stats = rule.standardize(op.plan, op.x, op.slots, *affine)

@@ -11,9 +11,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxnorm.errors import LayoutError, named
-from jaxnorm.layout import Names, averaged, flat, kept, last, parse, text_of
+from jaxnorm.layout import Names, averaged, flat, kept, last, meet, parse, text_of
 from jaxnorm.mapped import Groups
 from jaxnorm.normalize import standardize
 from jaxnorm.rule import wide
@@ -22,18 +23,18 @@ from jaxnorm.running import RunningStats, update
 
 @named
 def batch_norm(
-    x,
+    x: ArrayLike,
     running: RunningStats,
     layout: Names = "... c",
     over: Names = "...",
     *,
-    scale=None,
-    bias=None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     features: Names | None = None,
-    momentum=0.99,
-    epsilon=1e-5,
-    mask=None,
-    weights=None,
+    momentum: ArrayLike | None = 0.99,
+    epsilon: ArrayLike = 1e-5,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     debias: bool = False,
     unbiased: bool = False,
     sizes: dict[str, int] | None = None,
@@ -94,15 +95,15 @@ def batch_norm(
 
 @named
 def layer_norm(
-    x,
+    x: ArrayLike,
     layout: Names = "... c",
     over: Names = "c",
     *,
-    scale=None,
-    bias=None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     features: Names | None = None,
-    epsilon=1e-6,
-    mask=None,
+    epsilon: ArrayLike = 1e-6,
+    mask: ArrayLike | None = None,
     sizes: dict[str, int] | None = None,
 ) -> jax.Array:
     """Layer norm: every example on its own, over its features.
@@ -142,16 +143,16 @@ def layer_norm(
 
 @named
 def rms_norm(
-    x,
+    x: ArrayLike,
     layout: Names = "... c",
     over: Names = "c",
     *,
-    scale=None,
-    bias=None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     features: Names | None = None,
-    epsilon=1e-6,
+    epsilon: ArrayLike = 1e-6,
     scale_offset: float = 0.0,
-    mask=None,
+    mask: ArrayLike | None = None,
     sizes: dict[str, int] | None = None,
 ) -> jax.Array:
     """RMS norm: layer norm that leaves the mean where it is.
@@ -195,15 +196,15 @@ def rms_norm(
 
 @named
 def instance_norm(
-    x,
+    x: ArrayLike,
     layout: Names = "n ... c",
     over: Names = "...",
     *,
-    scale=None,
-    bias=None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     features: Names | None = None,
-    epsilon=1e-6,
-    mask=None,
+    epsilon: ArrayLike = 1e-6,
+    mask: ArrayLike | None = None,
     sizes: dict[str, int] | None = None,
 ) -> jax.Array:
     """Instance norm: every channel of every example on its own, over space.
@@ -243,15 +244,15 @@ def instance_norm(
 
 @named
 def group_norm(
-    x,
+    x: ArrayLike,
     num_groups: int,
     layout: Names = "n ... c",
     *,
-    scale=None,
-    bias=None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     features: Names | None = None,
-    epsilon=1e-6,
-    mask=None,
+    epsilon: ArrayLike = 1e-6,
+    mask: ArrayLike | None = None,
     sizes: dict[str, int] | None = None,
 ) -> jax.Array:
     """Group norm: the channels of every example in groups that share statistics.
@@ -290,10 +291,13 @@ def group_norm(
     c = last(layout) if features is None else text_of(features)
     names = flat(parse(layout))
     if (c,) not in parse(layout):
-        raise LayoutError(f"group_norm splits one plain axis of the layout, not {c!r}.\n  layout \"{text_of(layout)}\"")
+        raise LayoutError(f'features={c!r} must be one plain axis of the layout "{text_of(layout)}": it is split.')
+    length = meet(layout, jnp.shape(x), sizes).size(c)
+    if not isinstance(num_groups, int) or num_groups < 1 or length % num_groups:
+        raise LayoutError(f"num_groups={num_groups!r} does not divide the {length} entries along {c!r}.")
     split = f"({c}_group {c}_member)"
     rows = " ".join(split if name == c else name for name in text_of(layout).split())
-    over = tuple(f"{c}_member" if name == c else name for name in names[1:] if name != names[0])
+    over = tuple(f"{c}_member" if name == c else name for name in names[1:])
     return standardize(
         x, rows, over, scale=scale, bias=bias, features=split, epsilon=epsilon, mask=mask,
         sizes={**(sizes or {}), f"{c}_group": num_groups},

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnorm import rule
-from jaxnorm.errors import LayoutError
+from jaxnorm.errors import ArgumentError, LayoutError
 from jaxnorm.layout import Frame, Names, meet, place_features
 from jaxnorm.mapped import Groups, resolve_over
 
@@ -34,7 +34,7 @@ def operands(
 ) -> Operands:
     """Read a call: names become positions here, and nothing below this line knows a name."""
     x = inexact(x, "x")
-    frame = meet(layout, x.shape, sizes)
+    frame = meet(layout, x.shape, sizes, over)
     dims, mapped = ((), rule.Mapped()) if over is None else resolve_over(over, frame, x, groups)
     plan = rule.Plan(dims, mapped, center, jnp.dtype(x.dtype if dtype is None else dtype).name)
     valid, weights = _slots(mask, weights, frame)
@@ -42,11 +42,14 @@ def operands(
 
 
 def inexact(x, what: str) -> jax.Array:
-    x = jnp.asarray(x)
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise LayoutError(f"{what} must be an array, got {type(x).__name__}.") from error
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise LayoutError(
-            f"{what} has dtype {x.dtype}: statistics of integers are not integers. Convert it first, as in "
-            f"{what}.astype(jnp.float32)."
+            f"{what} has dtype {x.dtype}, and statistics of integers are no integers. Convert it first, as in "
+            f"{what}.astype(jnp.float32). Its shape is {x.shape}."
         )
     return x
 
@@ -57,13 +60,15 @@ def _slots(mask, weights, frame: Frame) -> tuple[jax.Array | None, jax.Array | N
     if mask is not None:
         mask = jnp.asarray(mask)
         if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
-            raise LayoutError(f"mask has dtype {mask.dtype}: pass how much an element counts as weights=, not mask=.")
+            raise LayoutError(
+                f"mask has dtype {mask.dtype}: pass how much an element counts as weights=, not mask=.\n{frame.given}"
+            )
         valid = _broadcastable(mask.astype(bool), "mask", frame)
     if weights is None:
         return valid, None
     weights = _broadcastable(inexact(weights, "weights"), "weights", frame)
     if jnp.iscomplexobj(weights):
-        raise LayoutError(f"weights have dtype {weights.dtype}: they must be real and not negative.")
+        raise LayoutError(f"weights have dtype {weights.dtype}: they must be real and not negative.\n{frame.given}")
     counts = weights != 0
     return (counts if valid is None else valid & counts), weights
 
@@ -74,7 +79,7 @@ def _broadcastable(array: jax.Array, what: str, frame: Frame) -> jax.Array:
     if len(shape) != len(frame.shape) or any(a not in (1, n) for a, n in zip(shape, frame.shape, strict=True)):
         raise LayoutError(
             f"{what} of shape {array.shape} does not broadcast to x. Give it the dimensions of x, with size 1 where it "
-            f"does not vary.\n  {frame}"
+            f"does not vary.\n{frame.given}"
         )
     return frame.split(array.reshape(shape))
 
@@ -93,5 +98,5 @@ def feature_array(array, features: Names, frame: Frame, what: str, x_dtype) -> j
 
 def check_epsilon(epsilon, x_dtype) -> jax.Array:
     if isinstance(epsilon, int | float) and not epsilon >= 0:
-        raise LayoutError(f"epsilon must not be negative, got {epsilon!r}.")
+        raise ArgumentError(f"epsilon must not be negative, got {epsilon!r}.")
     return jnp.asarray(epsilon, rule.real_of(rule.wide(x_dtype)))

@@ -6,16 +6,15 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxnorm import rule
-from jaxnorm.errors import LayoutError, named
+from jaxnorm.errors import ArgumentError, LayoutError, named
 from jaxnorm.layout import Names
 from jaxnorm.moments import Moments, merge_along, named_sizes, transpose_to
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["mean", "var", "num_updates"], meta_fields=["axes"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["mean", "var", "num_updates"], meta_fields=["axes"])
 @dataclasses.dataclass(frozen=True)
 class RunningStats:
     """Running mean and variance along named axes, and how many updates they have seen.
@@ -70,7 +69,12 @@ def running_stats(axes: Names = "c", **sizes: int) -> RunningStats:
 
 @named
 def update(
-    running: RunningStats, moments: Moments, momentum=0.99, *, debias: bool = False, unbiased: bool = False
+    running: RunningStats,
+    moments: Moments,
+    momentum: ArrayLike | None = 0.99,
+    *,
+    debias: bool = False,
+    unbiased: bool = False,
 ) -> RunningStats:
     """Running statistics after one more batch.
 
@@ -97,7 +101,7 @@ def update(
 
     Raises:
         LayoutError: when `moments` lacks an axis of `running` or has another size along it.
-        ValueError: when momentum is not in [0, 1], or is 1 with `debias`.
+        ValueError: (ArgumentError) when momentum is not in [0, 1], or is 1 with `debias`.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm as jn
@@ -159,6 +163,6 @@ def _check(running: RunningStats, moments: Moments, momentum, debias: bool) -> N
             f"  running along {running.axes}, moments along {moments.axes}: averaged too much? See over."
         )
     if isinstance(momentum, int | float) and not 0 <= momentum <= 1:
-        raise ValueError(f"jaxnorm.update: momentum is the part of the old value that is kept, 0 to 1, got {momentum}.")
+        raise ArgumentError(f"momentum is the part of the old value that is kept, 0 to 1, got {momentum}.")
     if debias and isinstance(momentum, int | float) and momentum == 1:
-        raise ValueError("jaxnorm.update: momentum=1 with debias never ends its warm-up. momentum=None is its limit.")
+        raise ArgumentError("momentum=1 with debias never ends its warm-up. momentum=None is its limit.")
