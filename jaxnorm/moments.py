@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm import rule
@@ -191,8 +192,8 @@ def merge(*moments: Moments) -> Moments:
     for m in same:
         if m.mean.shape != head.mean.shape:
             raise LayoutError(f"moments along {head.axes} have shapes {head.mean.shape} and {m.mean.shape}.")
-    mean_dtype = functools.reduce(jnp.promote_types, (m.mean.dtype for m in same))
-    real_dtype = functools.reduce(jnp.promote_types, (m.m2.dtype for m in same))
+    mean_dtype = functools.reduce(np.promote_types, (m.mean.dtype for m in same))
+    real_dtype = functools.reduce(np.promote_types, (m.m2.dtype for m in same))
     count = jnp.stack([m.count.astype(real_dtype) for m in same])
     mean = jnp.stack([m.mean.astype(mean_dtype) for m in same])
     m2 = jnp.stack([m.m2.astype(real_dtype) for m in same])

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm import rule
@@ -78,7 +79,7 @@ def normalize(
     x_dtype = op.x.dtype
     real = rule.real_of(rule.wide(x_dtype))
     axes = meet(stats.axes, stats.mean.shape, what="stats").names
-    mean_dtype = jnp.promote_types(real, stats.mean.dtype) if jnp.iscomplexobj(stats.mean) else real
+    mean_dtype = np.promote_types(real, stats.mean.dtype) if jnp.iscomplexobj(stats.mean) else real
     mean, var = (place(z, axes, op.frame, "stats") for z in (stats.mean.astype(mean_dtype), stats.var.astype(real)))
     shift = jnp.zeros_like(mean)  # the mean is all offset: that is the part which is differentiated
     placed = rule.Stats(jnp.ones_like(var), shift, mean, var)

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
@@ -66,7 +67,7 @@ class Stats(NamedTuple):
 
 def wide(dtype: Any) -> Any:
     """The dtype statistics are computed in: float32 or wider, complex where x is."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return np.promote_types(dtype, np.float32)  # NumPy's: jnp's refuses under strict dtype promotion
 
 
 def real_of(dtype: Any) -> Any:
@@ -152,6 +153,8 @@ def _statistics(plan: Plan, x: Array, slots: Slots) -> Stats:
     else:
         shift = offset = jnp.zeros_like(_sum(z, plan, slots))
     m2 = _sum(abs_sq((z - shift) - offset), plan, slots)
+    if slots.weights is not None:  # its tangent has this shape
+        n = jnp.broadcast_to(n, m2.shape)
     stats = Stats(n, shift, offset, m2)
     if plan.mapped.names:
         stats = _merge_devices(plan, stats, slots.member)

@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm import rule
@@ -127,7 +128,7 @@ def update(
     some = merged.count > 0
 
     def average(kept: jax.Array, batch: jax.Array) -> jax.Array:
-        dtype = jnp.promote_types(kept.dtype, batch.dtype)
+        dtype = np.promote_types(kept.dtype, batch.dtype)
         store = dtype if jnp.iscomplexobj(batch) else kept.dtype
         mixed = _as(old, dtype) * kept.astype(dtype) + _as(new, dtype) * batch.astype(dtype)
         return jnp.where(some, mixed, kept.astype(dtype)).astype(store)
