@@ -200,7 +200,8 @@ def _parts(dim: tuple[str, ...], size: int, sizes: dict[str, int], given: str) -
     whole = f"({' '.join(dim)})" if len(dim) > 1 else "".join(dim)
     if len(missing) > 1:
         raise LayoutError(
-            f"the sizes of {whole} are not known: give all but one of them, as in sizes={{{missing[0]!r}: ...}}.\n{given}"
+            f"the sizes of {whole} are not known: give all but one of them, as in sizes={{{missing[0]!r}: ...}}."
+            f"\n{given}"
         )
     if (missing and size % known) or (not missing and size != known):
         product = " * ".join([f"{name}={sizes[name]}" for name in dim if name in sizes] + missing)

@@ -142,8 +142,9 @@ def _mapped(names: tuple[str, ...], x: jax.Array, text: str, groups: Groups | No
     for name in names:
         if name not in manual and varying(x):
             raise AxisError(
-                f"{name!r} is an axis of vmap inside shard_map(check_vma=True), where JAX cannot reduce over it. Make it a "
-                f"dimension of the layout (no vmap), or pass check_vma=False to shard_map.\n{point(text, name, 'over')}"
+                f"{name!r} is an axis of vmap inside shard_map(check_vma=True), where JAX cannot reduce over it. "
+                "Make it a dimension of the layout (no vmap), or pass check_vma=False to shard_map.\n"
+                + point(text, name, "over")
             )
     size = 1
     for name in names:

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm import rule
@@ -77,10 +76,12 @@ def normalize(
         raise ArgumentError(f"stats must be Moments or RunningStats, got {type(stats).__name__}.")
     op = operands(x, layout, None, sizes=sizes, dtype=dtype)
     x_dtype = op.x.dtype
-    real = rule.real_of(rule.wide(x_dtype))
+    wide = rule.wide(x_dtype)
+    real = rule.real_of(wide)
+    if jnp.iscomplexobj(stats.mean) and wide == real:
+        raise ArgumentError(f"the statistics are complex ({stats.mean.dtype}), x is not ({x_dtype}). Make x complex.")
     axes = meet(stats.axes, stats.mean.shape, what="stats").names
-    mean_dtype = np.promote_types(real, stats.mean.dtype) if jnp.iscomplexobj(stats.mean) else real
-    mean, var = (place(z, axes, op.frame, "stats") for z in (stats.mean.astype(mean_dtype), stats.var.astype(real)))
+    mean, var = (place(z, axes, op.frame, "stats") for z in (stats.mean.astype(wide), stats.var.astype(real)))
     shift = jnp.zeros_like(mean)  # the mean is all offset: that is the part which is differentiated
     placed = rule.Stats(jnp.ones_like(var), shift, mean, var)
     affine = _affine(

@@ -87,8 +87,8 @@ def batch_norm(
         ours; Flax under a mask and `axis_name`, which averages the devices' means whatever their counts.
     """
     y, stats = standardize(
-        x, layout, over, scale=scale, bias=bias, features=kept(layout, over) if features is None else features, epsilon=epsilon,
-        mask=mask, weights=weights, sizes=sizes, groups=groups,
+        x, layout, over, scale=scale, bias=bias, epsilon=epsilon, mask=mask,
+        features=kept(layout, over) if features is None else features, weights=weights, sizes=sizes, groups=groups,
     )  # fmt: skip
     return y, update(running, stats, momentum, debias=debias, unbiased=unbiased)
 
@@ -136,8 +136,8 @@ def layer_norm(
     Differs from: torch, whose epsilon is 1e-5; Flax's fast variance, wrong by 0.3 at mean 1e3 and std 1.
     """
     return standardize(
-        x, layout, over, scale=scale, bias=bias, features=averaged(layout, over) if features is None else features, epsilon=epsilon,
-        mask=mask, sizes=sizes,
+        x, layout, over, scale=scale, bias=bias, epsilon=epsilon, mask=mask,
+        features=averaged(layout, over) if features is None else features, sizes=sizes,
     )[0]  # fmt: skip
 
 
@@ -189,8 +189,8 @@ def rms_norm(
         scale = jnp.asarray(scale)
         scale = scale.astype(wide(scale.dtype)) + scale_offset  # added in float32: 1 + 1e-3 has no bfloat16
     return standardize(
-        x, layout, over, scale=scale, bias=bias, features=averaged(layout, over) if features is None else features, epsilon=epsilon,
-        mask=mask, center=False, sizes=sizes,
+        x, layout, over, scale=scale, bias=bias, epsilon=epsilon, mask=mask,
+        features=averaged(layout, over) if features is None else features, center=False, sizes=sizes,
     )[0]  # fmt: skip
 
 

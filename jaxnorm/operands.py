@@ -85,15 +85,13 @@ def _broadcastable(array: jax.Array, what: str, frame: Frame) -> jax.Array:
 
 
 def feature_array(array, features: Names, frame: Frame, what: str, x_dtype) -> jax.Array | None:
-    """scale or bias, placed by name and widened."""
+    """scale or bias, placed by name, in the dtype of the arithmetic."""
     if array is None:
         return None
     array = jnp.asarray(array)
-    if not jnp.issubdtype(array.dtype, jnp.inexact):
-        array = array.astype(jnp.float32)
-    wide = rule.wide(x_dtype)
-    wide = wide if jnp.iscomplexobj(array) else rule.real_of(wide)
-    return place_features(array.astype(wide), features, frame, what)
+    if jnp.iscomplexobj(array) and not jnp.issubdtype(x_dtype, jnp.complexfloating):
+        raise LayoutError(f"{what} has dtype {array.dtype}, x has {x_dtype}: make x complex.\n{frame.given}")
+    return place_features(array.astype(rule.wide(x_dtype)), features, frame, what)
 
 
 def check_epsilon(epsilon, x_dtype) -> jax.Array:

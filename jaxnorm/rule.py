@@ -13,9 +13,9 @@ the tangent map, so forward mode and every higher order exist (28 of 28 checks o
 With c = x - mean the tangent maps are
 
     d mean = sum(w dx) / count,   d m2 = 2 sum(w Re(conj(c) dx)),   d count = 0
-    d y    = dx rs - d mean rs + c (ds r + s dr) + d bias,          r = rsqrt(var + epsilon), dr = -r^3 d(var + epsilon) / 2
+    d y    = (dx - d mean) r s + c (ds r + s dr) + d bias,   r = rsqrt(var + epsilon), dr = -r^3 d(var + epsilon) / 2
 
-and for weights that are themselves differentiated: d count = sum(dw), d mean += sum(dw c) / count, d m2 += sum(dw |c|^2).
+and for weights that are differentiated too: d count = sum(dw), d mean += sum(dw c) / count, d m2 += sum(dw |c|^2).
 
 A mean is carried as the pair shift + offset: shift is any number near the mean, constant under differentiation, offset
 the small rest. x - shift is exact or nearly so however large the mean is, and no digit of c is lost: the variance of
@@ -77,7 +77,12 @@ def real_of(dtype: Any) -> Any:
 def ratio(a: Array, n: Array) -> Array:
     """a / n, and 0 with a zero gradient where n is not positive."""
     positive = n > 0
-    return jnp.where(positive, a / jnp.where(positive, n, 1), 0)
+    return jnp.where(positive, a / like(jnp.where(positive, n, 1), a), 0)
+
+
+def like(a: Array, z: Array) -> Array:
+    """`a` in the dtype of `z`: a real factor of complex numbers, which strict dtype promotion wants said."""
+    return a.astype(z.dtype)
 
 
 def abs_sq(z: Array) -> Array:
@@ -98,7 +103,7 @@ def pool(n: Array, shift: Array, offset: Array, m2: Array) -> tuple[Array, Array
     s = jnp.take_along_axis(shift, jnp.argmax(some, axis=0, keepdims=True), axis=0)
     o = jnp.where(some, (shift - s) + offset, 0)
     total = n.sum(0)
-    mean = ratio((n * o).sum(0), total)
+    mean = ratio((like(n, o) * o).sum(0), total)
     return total, s[0], mean, (jnp.where(some, m2, 0) + n * abs_sq(o - mean[None])).sum(0)
 
 
@@ -112,7 +117,7 @@ def _sum(z: Array, plan: Plan, slots: Slots, weights: Array | None = None) -> Ar
     """The weighted sum over the slots that count. Masked ones are selected away before any arithmetic."""
     weights = slots.weights if weights is None else weights
     if weights is not None:
-        z = z * weights.astype(real_of(z.dtype))
+        z = z * like(weights, z)
     if slots.valid is not None:
         z = jnp.where(slots.valid, z, 0)
     return z.sum(plan.dims, keepdims=True)
@@ -200,11 +205,12 @@ class Affine(NamedTuple):
 
 def _factor(var_eps: Array, scale: Array | None) -> Array:
     r = jax.lax.rsqrt(var_eps)
-    return r if scale is None else r * scale
+    return r if scale is None else like(r, scale) * scale
 
 
 def _apply(plan: Plan, x: Array, slots: Slots, stats: Stats, affine: Affine) -> Array:
-    y = _centred(x, stats, slots) * _factor(affine.var_eps, affine.scale)
+    c = _centred(x, stats, slots)
+    y = c * like(_factor(affine.var_eps, affine.scale), c)
     return (y if affine.bias is None else y + affine.bias).astype(plan.dtype)
 
 
@@ -212,7 +218,8 @@ def _apply_tangent(
     plan: Plan, x: Array, slots: Slots, stats: Stats, affine: Affine, dx: Array, doffset: Array, daffine: Affine
 ) -> Array:
     factor, dfactor = jax.jvp(_factor, affine[:2], daffine[:2])
-    dy = (_clean(x, dx, slots) - doffset) * factor + _centred(x, stats, slots) * dfactor
+    c, dc = _centred(x, stats, slots), _clean(x, dx, slots) - doffset
+    dy = dc * like(factor, c) + c * like(dfactor, c)
     return (dy if daffine.bias is None else dy + daffine.bias).astype(plan.dtype)
 
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxnorm import rule
 from jaxnorm.errors import ArgumentError, LayoutError, named
 from jaxnorm.layout import Names
 from jaxnorm.moments import Moments, merge_along, named_sizes, transpose_to
@@ -140,7 +139,7 @@ def update(
 
 def _as(factor, dtype):
     """Python numbers stay as they are: as in Flax, they meet the statistics in their dtype."""
-    return factor if isinstance(factor, int | float) else factor.astype(rule.real_of(dtype))
+    return factor if isinstance(factor, int | float) else factor.astype(dtype)
 
 
 def _factors(num_updates: jax.Array, momentum, debias: bool):

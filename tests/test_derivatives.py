@@ -97,7 +97,9 @@ def checks(f, args):
         "grad of vmap": lambda: jax.grad(many, wrt)(two, s, b),
         "vmap of jvp": lambda: jax.vmap(lambda t: jax.jvp(f, at, (t, s, b)))(two),
         "vmap of hessian": lambda: jax.vmap(jax.hessian(loss, 1), (0, None, None))(two, s, b),
-        "scan": lambda: jax.grad(lambda x: lax.scan(lambda c, _: (y(c, s, b) + 0.1 * c, None), x, length=3)[0].sum())(x),
+        "scan": lambda: jax.grad(
+            lambda x: lax.scan(lambda c, _: (y(c, s, b) + 0.1 * c, None), x, length=3)[0].sum()
+        )(x),
         "remat": lambda: jax.grad(jax.checkpoint(loss), wrt)(*at),
         "remat of scan": lambda: jax.grad(
             lambda x: lax.scan(jax.checkpoint(lambda c, _: (y(c, s, b) + c, None)), x, length=3)[0].sum()
@@ -106,9 +108,10 @@ def checks(f, args):
 
 
 MODES = [
-    "value", "jvp", "vjp", "grad, jit", "jacfwd", "jacrev", "hessian, forward of reverse", "hessian, reverse of reverse",
-    "hessian, reverse of forward", "hessian, forward of forward", "hessian-vector product, jit", "third order", "linearize",
-    "transpose of linearize", "vmap", "vmap of grad", "vmap of grad over scale", "grad of vmap", "vmap of jvp",
+    "value", "jvp", "vjp", "grad, jit", "jacfwd", "jacrev", "hessian, forward of reverse",
+    "hessian, reverse of reverse", "hessian, reverse of forward", "hessian, forward of forward",
+    "hessian-vector product, jit", "third order", "linearize", "transpose of linearize",
+    "vmap", "vmap of grad", "vmap of grad over scale", "grad of vmap", "vmap of jvp",
     "vmap of hessian", "scan", "remat", "remat of scan",
 ]  # fmt: skip
 
@@ -178,11 +181,11 @@ def kept_bytes(f, x, *params):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("layout, over, sizes", [
+@pytest.mark.parametrize(("layout", "over", "sizes"), [
     ("n t c", "n t", None), ("n t c", "c", None), ("n t c", "t", None), ("n t (g k)", "t k", {"g": 8}),
 ])  # fmt: skip
 def test_only_x_is_kept(layout, over, sizes, masked, dtype):
-    """x in its own dtype once, the mask as it was given, and statistics: linen's LayerNorm keeps 12 bytes an element."""
+    """x in its own dtype, the mask as it was given, and statistics: linen's LayerNorm keeps 12 bytes an element."""
     big = jnp.zeros((16, 128, 64), dtype)
     scale, bias = jnp.ones(64), jnp.zeros(64)
     mask = jnp.ones((16, 128, 1), bool) if masked else None

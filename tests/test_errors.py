@@ -272,7 +272,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("call, kind, message", [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+@pytest.mark.parametrize(('call', 'kind', 'message'), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
 def test_message(call, kind, message):
     with pytest.raises(kind) as raised:
         call()
@@ -280,7 +280,8 @@ def test_message(call, kind, message):
 
 
 def test_errors_are_value_errors():
-    assert issubclass(jn.LayoutError, ValueError) and issubclass(jn.AxisError, ValueError)
+    assert issubclass(jn.LayoutError, ValueError)
+    assert issubclass(jn.AxisError, ValueError)
 
 
 def test_errors_are_raised_when_tracing():

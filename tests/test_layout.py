@@ -17,7 +17,7 @@ READ = [
 ]
 
 
-@pytest.mark.parametrize("text, dims", READ)
+@pytest.mark.parametrize(("text", "dims"), READ)
 def test_parse(text, dims):
     assert parse(text) == dims
 
@@ -34,7 +34,7 @@ MEET = [
 ]
 
 
-@pytest.mark.parametrize("layout, shape, sizes, names, split", MEET)
+@pytest.mark.parametrize(("layout", "shape", "sizes", "names", "split"), MEET)
 def test_meet(layout, shape, sizes, names, split):
     frame = meet(layout, shape, sizes)
     assert (frame.names, frame.sizes) == (names, split)
@@ -46,7 +46,7 @@ def test_meet(layout, shape, sizes, names, split):
 def test_lists_by_role():
     assert averaged("n ... c", "... n devices? rows") == ("n", "...")
     assert kept("n ... (g k)", "... k") == ("n", "g")
-    assert last("n c ...") == "c" and last("n ... (g k)") == "(g k)" and last("...") == "..."
+    assert [last("n c ..."), last("n ... (g k)"), last("...")] == ["c", "(g k)", "..."]
 
 
 def test_place_is_by_name():

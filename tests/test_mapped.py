@@ -148,8 +148,12 @@ def sharded(axis_type):
     return run
 
 
+def one_device(over, *data):
+    return step(over, *(None if z is None else z.reshape(-1, z.shape[-1]) for z in data), SCALE, BIAS)
+
+
 CONTEXTS = {
-    "one device": ("n", lambda over, *z: step(over, *(None if a is None else a.reshape(-1, a.shape[-1]) for a in z), SCALE, BIAS)),
+    "one device": ("n", one_device),
     "vmap": ("n devices", by_device(vmap)),
     "pmap": ("n devices", by_device(pmap)),
     "pmap of vmap": ("n a b", by_device(pmap_of_vmap)),
@@ -164,7 +168,7 @@ CONTEXTS = {
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("over, run", CONTEXTS.values(), ids=CONTEXTS)
+@pytest.mark.parametrize(("over", "run"), CONTEXTS.values(), ids=CONTEXTS)
 def test_every_mapping_equals_one_device(over, run, mask):
     value, running, dx, ds, db = run(over, X, W, mask)
     want_value, want_running, want_dx, want_ds, want_db = reference(X, mask, W)
@@ -186,7 +190,7 @@ FEATURE_NORMS = {
 }
 
 
-@pytest.mark.parametrize("norm, center", FEATURE_NORMS.values(), ids=FEATURE_NORMS)
+@pytest.mark.parametrize(("norm", "center"), FEATURE_NORMS.values(), ids=FEATURE_NORMS)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_sharded_features(norm, center, check_vma):
     """Layer and RMS norm over features that lie on eight devices equal those on one."""
@@ -233,7 +237,7 @@ def test_one_collective_forward_and_one_backward():
     assert [count(y, rows), count(y, rows, mask), count(dx, rows), count(dx, rows, mask)] == [1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("mean, tolerance", [(1e2, 2e-6), (1e4, 1e-5)])
+@pytest.mark.parametrize(("mean", "tolerance"), [(1e2, 2e-6), (1e4, 1e-5)])
 def test_a_large_mean_costs_no_digits_across_devices(mean, tolerance):
     """N(mean, 1), float32: Flax's psum of raw moments is off by 1.5e-3 and by 25 here."""
     x = RNG.normal(mean, 1, (DEVICES, 200, 3)).astype(np.float32)
