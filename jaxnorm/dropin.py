@@ -261,7 +261,7 @@ def _hashable(value: Any) -> Any:
 
 
 def _tuple(names: Any) -> tuple:
-    return () if names is None else tuple(names) if isinstance(names, tuple) else (names,)
+    return () if names is None else names if isinstance(names, tuple) else (names,)
 
 
 def _others(names: tuple[str, ...], features: Names) -> tuple[str, ...]:

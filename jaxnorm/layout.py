@@ -120,10 +120,11 @@ def last(layout: Names) -> str:
 class Frame:
     """A layout that has met a shape: `names` and `sizes` of the split axes, `parts` of every dimension.
 
-    `given` is what the user wrote, for messages.
+    `given` is what the user wrote, for messages; `open` whether the layout has a `...`, be it for no dimension.
     """
 
     given: str
+    open: bool
     shape: tuple[int, ...]
     parts: tuple[tuple[int, ...], ...]
     names: tuple[str, ...]
@@ -190,7 +191,8 @@ def meet(
         count = len(dims) - bool(few)
         raise LayoutError(f"the layout names {few}{count} dimensions, {what} has {len(shape)}.\n{given}")
     parts = tuple(_parts(dim, size, sizes, given) for dim, size in zip(dims, shape, strict=True))
-    return Frame(given, tuple(shape), parts, flat(dims), tuple(s for p in parts for s in p))
+    whole = tuple(size for sizes in parts for size in sizes)
+    return Frame(given, ELLIPSIS in flat(parse(layout)), tuple(shape), parts, flat(dims), whole)
 
 
 def _parts(dim: tuple[str, ...], size: int, sizes: dict[str, int], given: str) -> tuple[int, ...]:

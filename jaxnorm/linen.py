@@ -82,6 +82,9 @@ class BatchNorm(dropin.Batch, _Module):
     Variables: params/{scale, bias}, batch_stats/{mean, var}, and batch_stats/num_updates only where `debias` or
     `momentum=None` asks for it.
 
+    A statistic of one element makes y bias and pulls the running variance to 0, as in Flax. Under vmap an example is
+    such a batch: name the mapped axis in `over` or `axis_name`.
+
     Args:
         momentum: the part of the old running value that is kept; None for the cumulative average.
         debias: warm the momentum up, so that the initial 0 and 1 carry no weight.

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxnorm.errors import AxisError, nearest, point
-from jaxnorm.layout import Frame, Names, parse_list, text_of
+from jaxnorm.errors import AxisError, LayoutError, nearest, point
+from jaxnorm.layout import ELLIPSIS, Frame, Names, parse_list, text_of
 
 Groups = Mapping[str, Sequence[Sequence[int]]]
 
@@ -76,10 +76,16 @@ def _by_kind(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def varying(x: jax.Array) -> frozenset[str]:
-    """The mesh axes that `x` is known to vary over. Empty means unknown, not replicated."""
+    """The mesh axes that `x` is known to vary over. Under check_vma=False that is none of them, whatever `x` is."""
     kind = jax.typeof(x)
     now = getattr(kind, "mat", None)  # jax 0.12 and later; before, `vma`
     return frozenset(now.varying if now is not None else getattr(kind, "vma", None) or ())
+
+
+def checks_vma() -> bool:
+    """Whether the call is inside shard_map(check_vma=True): there, and only there, an axis index is known to vary."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return bool(manual) and bool(varying(lax.axis_index(manual[0])))
 
 
 def is_mapped(name: str) -> bool:
@@ -99,9 +105,7 @@ def bound_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for name in (*manual, *listed)))
 
 
-def resolve_over(
-    over: Names, frame: Frame, x: jax.Array, groups: Groups | None = None
-) -> tuple[tuple[int, ...], Mapped]:
+def resolve_over(over: Names, frame: Frame, groups: Groups | None = None) -> tuple[tuple[int, ...], Mapped]:
     """Which dimensions `over` averages, and which mapped axes."""
     names = parse_list(over, "over")
     text = text_of(over)
@@ -112,7 +116,9 @@ def resolve_over(
     for listed in names:
         name, optional = listed.rstrip("?"), listed.endswith("?")
         inside = frame.expand((name,))
-        if name == "..." or name in frame.names:
+        if name == ELLIPSIS and not frame.open:
+            raise LayoutError(f"over names '...', the layout has none: name the dimensions to average.\n{frame.given}")
+        if name == ELLIPSIS or name in frame.names:
             if name in frame.names and is_mapped(name):
                 raise AxisError(
                     f"{name!r} is both a dimension of the layout and a mapped axis. Rename one of them.\n"
@@ -123,12 +129,12 @@ def resolve_over(
             mapped.append(name)
         elif not optional:
             raise _unbound(name, text, frame)
-    return tuple(dims), _mapped(tuple(mapped), x, text, groups)
+    return tuple(dims), _mapped(tuple(mapped), text, groups)
 
 
 def _unbound(name: str, text: str, frame: Frame) -> AxisError:
     bound = bound_names()
-    known = (*(n for n in frame.names if not n.startswith("...")), *bound)
+    known = (*(n for n in frame.names if not n.startswith(ELLIPSIS)), *bound)
     return AxisError(
         f"{name!r} in over is neither a dimension of the layout nor a mapped axis.{nearest(name, known)}\n"
         f"{point(text, name, 'over')}\n{frame.given}\n  mapped axes bound here: {', '.join(bound) or 'none'}\n"
@@ -137,10 +143,10 @@ def _unbound(name: str, text: str, frame: Frame) -> AxisError:
     )
 
 
-def _mapped(names: tuple[str, ...], x: jax.Array, text: str, groups: Groups | None) -> Mapped:
+def _mapped(names: tuple[str, ...], text: str, groups: Groups | None) -> Mapped:
     manual = jax.sharding.get_abstract_mesh().manual_axes
     for name in names:
-        if name not in manual and varying(x):
+        if name not in manual and checks_vma():
             raise AxisError(
                 f"{name!r} is an axis of vmap inside shard_map(check_vma=True), where JAX cannot reduce over it. "
                 "Make it a dimension of the layout (no vmap), or pass check_vma=False to shard_map.\n"

@@ -35,7 +35,7 @@ def operands(
     """Read a call: names become positions here, and nothing below this line knows a name."""
     x = inexact(x, "x")
     frame = meet(layout, x.shape, sizes, over)
-    dims, mapped = ((), rule.Mapped()) if over is None else resolve_over(over, frame, x, groups)
+    dims, mapped = ((), rule.Mapped()) if over is None else resolve_over(over, frame, groups)
     plan = rule.Plan(dims, mapped, center, jnp.dtype(x.dtype if dtype is None else dtype).name)
     valid, weights = _slots(mask, weights, frame)
     return Operands(frame, plan, frame.split(x), rule.Slots(valid, weights, mapped.member(groups)))

@@ -128,18 +128,14 @@ def update(
 
     def average(kept: jax.Array, batch: jax.Array) -> jax.Array:
         dtype = np.promote_types(kept.dtype, batch.dtype)
+        # The factors are selected, not the results: products may mix replicated and sharded operands, a select may not.
+        a, b = (jnp.where(some, jnp.asarray(f, dtype), g) for f, g in ((old, 1), (new, 0)))
         store = dtype if jnp.iscomplexobj(batch) else kept.dtype
-        mixed = _as(old, dtype) * kept.astype(dtype) + _as(new, dtype) * batch.astype(dtype)
-        return jnp.where(some, mixed, kept.astype(dtype)).astype(store)
+        return (a * kept.astype(dtype) + b * batch.astype(dtype)).astype(store)
 
     var = merged.var_unbiased if unbiased else merged.var
     num_updates = running.num_updates + jnp.any(some).astype(running.num_updates.dtype)
     return RunningStats(average(running.mean, merged.mean), average(running.var, var), num_updates, running.axes)
-
-
-def _as(factor, dtype):
-    """Python numbers stay as they are: as in Flax, they meet the statistics in their dtype."""
-    return factor if isinstance(factor, int | float) else factor.astype(dtype)
 
 
 def _factors(num_updates: jax.Array, momentum, debias: bool):

@@ -209,6 +209,13 @@ WRONG = [
   layout "n h w c", over "", x.shape (2, 4, 5, 6)""",
     ),
     (
+        "... in over alone",
+        lambda: jn.batch_norm(X, jn.running_stats(c=6), "n h w c"),
+        jn.LayoutError,
+        """jaxnorm.batch_norm: over names '...', the layout has none: name the dimensions to average.
+  layout "n h w c", over "...", x.shape (2, 4, 5, 6)""",
+    ),
+    (
         "dimension and mapped axis",
         lambda: under_vmap(lambda x: jn.moments(x, "devices h c", "devices h")),
         jn.AxisError,

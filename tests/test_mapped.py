@@ -334,3 +334,14 @@ def test_every_order_of_derivative_crosses_devices():
         got = jax.jit(shard)(*flat)
         np.testing.assert_allclose(got[0], want[0], atol=5e-5)
         np.testing.assert_allclose(got[1], want[1], atol=5e-6)
+
+
+def test_running_statistics_meet_sharded_channels():
+    """Explicit axis types: replicated state and moments of sharded channels, as where a model is split by channel."""
+    mesh = make_mesh(axis_types=(AxisType.Explicit,))
+    x = RNG.normal(size=(6, 16)).astype(np.float32)
+    sharded_x = jax.device_put(x, NamedSharding(mesh, P(None, "devices")))
+    running = jax.device_put(jn.running_stats(c=16), NamedSharding(mesh, P()))
+    y, new = jax.jit(lambda x, running: jn.batch_norm(x, running, "n c", "n"))(sharded_x, running)
+    np.testing.assert_allclose(new.mean, 0.01 * x.mean(0), atol=1e-8)
+    np.testing.assert_allclose(y, (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5), atol=1e-6)
