@@ -1,0 +1,23 @@
+"""Strict JAX for every test: eight CPU devices, no silent promotion, compiled programs kept between runs.
+
+Set at import: pytest reads this file before any test module, in every xdist worker, so JAX has not started yet.
+"""
+
+import os
+from pathlib import Path
+
+import jax
+
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_configure(config):
+    # JAX writes the cache without a lock: a worker may meet an entry that another one is still writing. It then
+    # compiles for itself and says so, which says nothing about the code under test.
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
