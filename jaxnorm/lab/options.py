@@ -1,0 +1,149 @@
+"""What `jaxnorm compare` can be asked. Nothing heavy is imported here: a bad value is answered at once."""
+
+import argparse
+import difflib
+import importlib.util
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NORMS = ("batch", "layer", "instance", "group", "rms", "none")
+ACTIVATIONS = ("sigmoid", "relu")
+DEVICES = 8
+
+DESCRIPTION: dict[str, Any] = {
+    "help": "train one small net per norm on real data, data-parallel, and show what each norm does",
+    "description": """\
+Train the same small convolutional classifier once per norm, data-parallel over a mesh axis "devices", and compare
+loss, accuracy, activations and gradients by depth. Everything but the norm is the same: initial weights, order of
+the examples, learning rate. Batch norm takes its statistics over all devices, because "devices" stands in its list
+of axes (over="... devices?"), and is evaluated with its running statistics.""",
+    "epilog": """\
+examples:
+  jaxnorm compare
+      digits, six norms, eight devices (simulated on CPU), a 5-layer sigmoid net: about a minute
+  jaxnorm compare --activation relu --norms batch,none --seeds 5
+      is it the norm or the sigmoid? with the spread over five seeds
+  jaxnorm compare --norms batch --batch-size 8 --epochs 3 --local-stats
+      one example a device, normalized by itself; without --local-stats by the statistics of all eight
+  jaxnorm compare --dataset fashion-mnist --epochs 2 --seeds 1 --batch-size 256
+      a few minutes; from the Debian package dataset-fashion-mnist, or from --data DIR with its four .gz files
+  jaxnorm compare --dataset mine.npz --out runs/mine
+      x (n, h, w) or (n, h, w, c) numbers and y (n,) integers; one fifth is kept for the test
+
+It leaves results.json, curves.png, activations.png and gradients.png in --out. Ctrl-C writes what there is.""",
+    "formatter_class": argparse.RawDescriptionHelpFormatter,
+    "allow_abbrev": False,
+}
+
+
+class BadOption(ValueError):
+    """A value that cannot be used, in one line that names the option and says what can be."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The checked options of `jaxnorm compare`, named as on the command line."""
+
+    norms: tuple[str, ...] = NORMS
+    devices: int | None = None
+    batch_size: int = 128
+    epochs: int = 15
+    seeds: int = 2
+    learning_rate: float = 0.1
+    depth: int = 5
+    activation: str = "sigmoid"
+    local_stats: bool = False
+    dataset: str = "digits"
+    data: Path | None = None
+    out: Path | None = None
+    quiet: bool = False
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """The options of Options, with its defaults."""
+
+    def add(flag: str, help: str, **kwargs: Any) -> None:
+        default = getattr(Options, flag[2:].replace("-", "_"))
+        shown = "" if default in (None, False) else f" (default: {kwargs.pop('shown', default)})"
+        parser.add_argument(flag, default=default, help=help + shown, **kwargs)
+
+    add("--norms", f"which, of {','.join(NORMS)}", type=norm_list, metavar="A,B,...", shown=",".join(NORMS))
+    add(
+        "--devices",
+        f"how many; simulated on CPU, the real ones on GPU and TPU (default: {DEVICES}, or all the real ones if fewer)",
+        type=whole,
+        metavar="N",
+    )
+    add("--batch-size", "examples a step, over all devices together", type=whole, metavar="N")
+    add("--epochs", "passes over the training data", type=whole, metavar="N")
+    add("--seeds", "runs per norm, each with its own weights and order of the examples", type=whole, metavar="N")
+    add("--learning-rate", "of SGD with momentum 0.9, falling to 0 along a cosine", type=positive, metavar="X")
+    add("--depth", "how many convolutions, each with its norm and activation", type=whole, metavar="N")
+    add("--activation", " or ".join(ACTIVATIONS), type=one_of(ACTIVATIONS), metavar="NAME")
+    add("--local-stats", "batch norm with each device's own statistics", action="store_true")
+    add("--dataset", "digits, fashion-mnist, or a file PATH.npz with x and y", metavar="NAME")
+    add("--data", "the folder of fashion-mnist's four .gz files", type=Path, metavar="DIR")
+    add("--out", "the folder to write to; files there are replaced (default: runs/DATASET-TIME)", type=Path)
+    add("--quiet", "no progress display, only the table at the end", action="store_true")
+
+
+def whole(text: str) -> int:
+    """A whole number from 1."""
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def one_of(allowed: tuple[str, ...]) -> Callable[[str], str]:
+    """One of the names allowed; the nearest is offered where it is not."""
+
+    def check(text: str) -> str:
+        if text not in allowed:
+            nearest = difflib.get_close_matches(text, allowed, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(allowed)}{hint}")
+        return text
+
+    return check
+
+
+def norm_list(text: str) -> tuple[str, ...]:
+    """Names of norms with commas between them, each once."""
+    norms = tuple(one_of(NORMS)(name.strip()) for name in text.split(","))
+    if len(set(norms)) < len(norms):
+        raise argparse.ArgumentTypeError(f"names a norm twice: {text!r}")
+    return norms
+
+
+def need(*modules: str) -> None:
+    """Raises where a module of the extra `lab` is not installed."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise BadOption(f'needs {", ".join(missing)}, which is not installed: pip install "jaxnorm[lab]"')
+
+
+def output_folder(out: Path | None, dataset: str) -> Path:
+    """The folder to write to, made, and seen to be writable."""
+    folder = out or Path("runs") / f"{Path(dataset).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BadOption(f"argument --out: cannot write to {str(folder)!r}: {error.strerror}") from None
+    return folder
