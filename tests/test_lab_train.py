@@ -89,7 +89,7 @@ def test_pooled_has_the_variance_between_the_devices():
 def test_scores_count_every_test_example_once(key, trained):
     """359 examples do not divide by 8. The reference is one call without a map, and no padding."""
     programs, state, _ = trained[key]
-    (batch,) = train.test_batches(DIGITS, key[0])
+    (batch,) = train.held_out_batches(DIGITS, key[0])
     scored = programs.evaluate(state, *batch)
     stats = train.pooled(state.stats) if key[1] else state.stats
     params, stats = jax.device_get((state.params, stats))
@@ -105,7 +105,7 @@ def test_batches_hold_every_example_once():
     met = np.concatenate([x for x, _ in train.train_batches(few, 16, seed=0, epoch=0)])
     assert len(met) == 48  # whole batches only
     assert len(np.unique(met.reshape(48, -1), axis=0)) == 48
-    parts = list(train.test_batches(few, 8))
+    parts = list(train.held_out_batches(few, 8))
     assert [mask.sum() for _, _, mask in parts] == [1024, 6]
     np.testing.assert_array_equal(np.concatenate([x[mask] for x, _, mask in parts]), few.x_test)
 

@@ -170,7 +170,7 @@ def compiled(
     return Programs(
         init=start,
         step=jax.jit(mapped_step).lower(state, data.x[:batch_size], data.y[:batch_size]).compile(),
-        evaluate=jax.jit(score).lower(state, *next(test_batches(data, mesh.size))).compile(),
+        evaluate=jax.jit(score).lower(state, *next(held_out_batches(data, mesh.size))).compile(),
     )
 
 
@@ -182,7 +182,7 @@ def train_batches(data: Dataset, batch_size: int, seed: int, epoch: int) -> Iter
         yield data.x[rows], data.y[rows]
 
 
-def test_batches(data: Dataset, devices: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def held_out_batches(data: Dataset, devices: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The test split once: x, y and a mask that is False where the last batch is filled up with copies."""
     size = devices * -(-min(len(data.x_test), 1024) // devices)
     for start in range(0, len(data.x_test), size):
@@ -208,7 +208,7 @@ def one_epoch(
         loss, correct, count, steps = loss + float(seen.loss), correct + int(seen.correct), count + len(y), steps + 1
         seconds = time.perf_counter() - began
         tick(loss / steps, correct / count, count / seconds)
-    parts = [programs.evaluate(state, *batch) for batch in test_batches(data, mesh.size)]
+    parts = [programs.evaluate(state, *batch) for batch in held_out_batches(data, mesh.size)]
     test = Scored(*(sum(map(float, column)) for column in zip(*parts, strict=True)))
     return state, Epoch(
         loss=loss / steps,
