@@ -17,7 +17,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxnorm.errors import ArgumentError, AxisError, LayoutError, nearest, point
-from jaxnorm.layout import ELLIPSIS, Names, averaged, flat, kept, last, meet, parse, parse_list, text_of
+from jaxnorm.layout import (
+    ELLIPSIS,
+    Names,
+    after_first,
+    averaged,
+    flat,
+    kept,
+    last,
+    meet,
+    parse,
+    parse_list,
+    split_axis,
+    text_of,
+)
 from jaxnorm.mapped import Groups, is_mapped
 from jaxnorm.moments import Moments
 from jaxnorm.normalize import normalize, standardize
@@ -95,8 +108,12 @@ class Norm:
                 raise LayoutError(f"axis_index_groups cuts one mapped axis, axis_name={self.axis_name!r} are several.")
             layout, features = self.layout or self._default_layout, self.features
             names = flat(parse(layout))
-            if self.over is not None:
-                parse_list(self.over, "over")
+            listed = () if self.over is None else parse_list(self.over, "over")
+            if self.layout is None and listed and not averaged(layout, self.over or ()):
+                raise LayoutError(
+                    f'over="{text_of(self.over or ())}" names no dimension of the layout "{text_of(layout)}". '
+                    "Name the dimensions with layout=, or averaged ones that it has."
+                )
             for name in flat(parse(features or (), "features")):
                 if name not in names:
                     raise LayoutError(
@@ -216,7 +233,11 @@ class Group(Norm):
 
     def _complete(self, layout, over, features):
         features = last(layout) if features is None else features
-        return (*_others(flat(parse(layout))[1:], features), *flat(parse(features))) if over is None else over, features
+        if over is None:
+            c = text_of(features)
+            split_axis(layout, c)  # one plain axis
+            over = (c,) if len(parse(layout)) == 1 else (*after_first(layout, c), c)
+        return over, features
 
     def _groups(self, channels: int) -> int:
         return groups_of(channels, self.num_groups, self.group_size)
@@ -224,23 +245,19 @@ class Group(Norm):
     def _row(self, shape: tuple[int, ...], sync: bool = True) -> Row:
         row = super()._row(shape, sync)
         c, over = text_of(row.features), parse_list(row.over, "over")
-        if (c,) not in parse(row.layout):
-            raise LayoutError(f'GroupNorm splits one plain axis, not "{c}".\n  layout "{text_of(row.layout)}"')
+        layout, split, member = split_axis(row.layout, c)
         if c not in over:
             raise LayoutError(
                 f"GroupNorm averages over parts of {c!r}, so over (Flax: reduction_axes) must include it.\n"
                 f'  over "{text_of(over)}", layout "{text_of(row.layout)}"'
             )
-        group, member = f"{c}_group", f"{c}_member"
-        split = f"({group} {member})"
         count = self._groups(row.lengths(c, shape)[0])
-        dims = (dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in parse(row.layout))
         return dataclasses.replace(
             row,
-            layout=tuple(split if dim == c else dim for dim in dims),
+            layout=layout,
             over=tuple(member if name == c else name for name in over),
             features=split,
-            sizes={**row.sizes, group: count},
+            sizes={**row.sizes, f"{c}_group": count},
         )
 
 

@@ -11,6 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,31 @@ def last(layout: Names) -> str:
     return ELLIPSIS
 
 
+def split_axis(layout: Names, axis: str) -> tuple[tuple[str, ...], str, str]:
+    """One plain axis of a layout in groups. Gives the layout, its new dimension and the name of a group's members.
+
+    >>> split_axis("n ... c", "c")
+    (('n', '...', '(c_group c_member)'), '(c_group c_member)', 'c_member')
+    """
+    dims = parse(layout)
+    if (axis,) not in dims:
+        raise LayoutError(f'features={axis!r} must be one plain axis of the layout "{text_of(layout)}": it is split.')
+    split = f"({axis}_group {axis}_member)"
+    text = (dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in dims)
+    return tuple(split if dim == axis else dim for dim in text), split, f"{axis}_member"
+
+
+def after_first(layout: Names, axis: str) -> tuple[str, ...]:
+    """What group norm averages beside the group: all but the first name, which is the examples, and `axis`."""
+    names = flat(parse(layout))
+    if names[0] in (axis, ELLIPSIS):
+        raise LayoutError(
+            f"group norm leaves the first name of the layout apart, the examples. In \"{text_of(layout)}\" that is "
+            f"{names[0]!r}: name another first, or write the row with standardize and over."
+        )
+    return tuple(name for name in names[1:] if name != axis)
+
+
 @dataclasses.dataclass(frozen=True)
 class Frame:
     """A layout that has met a shape: `names` and `sizes` of the split axes, `parts` of every dimension.
@@ -173,13 +199,15 @@ def meet(
     >>> frame.names, frame.sizes
     (('n', '...0', '...1', 'g', 'k'), (2, 5, 5, 3, 2))
     """
+    if sizes is not None and not isinstance(sizes, Mapping):
+        raise LayoutError(f"sizes must be a dict of names to integers, got {sizes!r}.")
     dims, text, sizes = parse(layout), text_of(layout), dict(sizes or {})
     given = f'  layout "{text}", ' + ("" if over is None else f'over "{text_of(over)}", ') + f"{what}.shape {shape}"
     given += f", sizes {sizes}" if sizes else ""
     for name, size in sizes.items():
         if name not in flat(dims):
             raise LayoutError(f"sizes names {name!r}, which is not in the layout.{nearest(name, flat(dims))}\n{given}")
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
             raise LayoutError(f"sizes[{name!r}] must be a positive integer, got {size!r}.\n{given}")
     if (ELLIPSIS,) in dims:
         extra = len(shape) - (len(dims) - 1)
@@ -216,7 +244,8 @@ def place(array: jax.Array, names: tuple[str, ...], frame: Frame, what: str) -> 
     for name, size in zip(names, array.shape, strict=True):
         if name not in frame.names:
             raise LayoutError(
-                f"{what} is laid out along {name!r}, which the layout lacks.{nearest(name, frame.names)}\n"
+                f"{what} is laid out along {frame.fold((name,))[0]!r}, which the layout lacks."
+                f"{nearest(name, frame.names)}\n"
                 f'  {what} along "{" ".join(frame.fold(names))}"\n{frame.given}'
             )
         if size != frame.size(name):

@@ -156,11 +156,15 @@ def _mapped(names: tuple[str, ...], text: str, groups: Groups | None) -> Mapped:
     for name in names:
         size *= lax.axis_size(name)
     grouped = None
+    if groups is not None and not isinstance(groups, Mapping):
+        raise AxisError(f'groups must be a dict, as {{"devices": [[0, 1], [2, 3]]}}, got {groups!r}.')
     for name, parts in (groups or {}).items():
         if name not in text.replace("?", "").split():
             raise AxisError(f'groups names {name!r}, which is not in over.{nearest(name, names)}\n  over "{text}"')
-        if name not in names:
+        if name not in names and f"{name}?" in text.split():
             continue  # an optional axis that is absent here
+        if name not in names:
+            raise AxisError(f'groups names {name!r}, a dimension: groups are of mapped axes.\n  over "{text}"')
         if grouped is not None:
             raise AxisError(f"groups cuts {grouped!r} and {name!r}: only one mapped axis can be cut into groups.")
         if sorted(i for part in parts for i in part) != list(range(lax.axis_size(name))):

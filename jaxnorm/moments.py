@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm import rule
-from jaxnorm.errors import LayoutError, named
+from jaxnorm.errors import ArgumentError, LayoutError, named
 from jaxnorm.layout import ELLIPSIS, Names, kept, meet, parse_list
 from jaxnorm.mapped import Groups
 from jaxnorm.operands import operands
@@ -49,8 +49,9 @@ class Moments:
 
     @property
     def std(self) -> jax.Array:
-        """The square root of `var`."""
-        return jnp.sqrt(self.var)
+        """The square root of `var`, with a zero gradient where that is 0."""
+        flat = self.var <= 0
+        return jnp.where(flat, 0, jnp.sqrt(jnp.where(flat, 1, self.var)))
 
 
 @named
@@ -69,7 +70,7 @@ def moments(
 
         count = sum(w),   mean = sum(w x) / count,   m2 = sum(w |x - mean|^2)
 
-    Computed in float32 or wider, in two passes about a shift near the mean, so no digit is lost to a large mean.
+    Computed in float32 or wider about a shift near the mean, so no digit is lost to a large mean.
     Over mapped axes the moments of all devices are merged, each with its own count, in one collective.
 
     Args:
@@ -140,7 +141,8 @@ def empty_moments(axes: Names, **sizes: int) -> Moments:
     Differs from: Flax and torch have no moments.
     """
     names, shape = named_sizes(axes, sizes)
-    return Moments(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape), names)  # three buffers: it can be donated
+    count, mean, m2 = (jnp.zeros(shape, jnp.float32) for _ in range(3))  # three buffers: it can be donated
+    return Moments(count, mean, m2, names)
 
 
 def named_sizes(axes: Names, sizes: dict[str, int]) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -187,6 +189,9 @@ def merge(*moments: Moments) -> Moments:
     """
     if not moments:
         raise LayoutError("merge() needs at least one Moments. empty_moments(axes, **sizes) is the neutral element.")
+    for m in moments:
+        if not isinstance(m, Moments):
+            raise ArgumentError(f"merge takes Moments, one argument each, got {type(m).__name__}.")
     head = moments[0]
     same = [transpose_to(m, head.axes) for m in moments]
     for m in same:
@@ -194,7 +199,7 @@ def merge(*moments: Moments) -> Moments:
             raise LayoutError(f"moments along {head.axes} have shapes {head.mean.shape} and {m.mean.shape}.")
     mean_dtype = functools.reduce(np.promote_types, (m.mean.dtype for m in same))
     real_dtype = functools.reduce(np.promote_types, (m.m2.dtype for m in same))
-    count = jnp.stack([m.count.astype(real_dtype) for m in same])
+    count = jnp.stack([jnp.broadcast_to(m.count, m.mean.shape).astype(real_dtype) for m in same])
     mean = jnp.stack([m.mean.astype(mean_dtype) for m in same])
     m2 = jnp.stack([m.m2.astype(real_dtype) for m in same])
     n, shift, offset, m2 = rule.pool(count, mean, jnp.zeros_like(mean), m2)

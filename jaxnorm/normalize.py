@@ -39,9 +39,10 @@ def normalize(
         layout: a name for every dimension of `x`.
         scale: factor along `features`; none means 1.
         bias: summand along `features`; none means 0.
-        features: the axes of `scale` and `bias`, in their order; by default the last dimension of the layout that is
-            not `...`. `features="n c"` is a scale for every example (AdaIN, FiLM), `"n h w c"` one for every place
-            (SPADE). A composed dimension may be given whole, `"(g k)"`, or in its parts, `"g k"`.
+        features: the axes of `scale` and `bias`, in their order; by default those of RunningStats, and with Moments
+            the last dimension of the layout that is not `...`. `features="n c"` is a scale for every example (AdaIN,
+            FiLM), `"n h w c"` one for every place (SPADE). A composed dimension may be given whole, `"(g k)"`, or in
+            its parts, `"g k"`.
         epsilon: added to the variance, in its unit: that of x squared.
         sizes: sizes of the axes that compose a dimension.
         dtype: dtype of y; that of `x` by default. Whatever it is, the arithmetic is float32 or wider.
@@ -80,15 +81,18 @@ def normalize(
     real = rule.real_of(wide)
     if jnp.iscomplexobj(stats.mean) and wide == real:
         raise ArgumentError(f"the statistics are complex ({stats.mean.dtype}), x is not ({x_dtype}). Make x complex.")
-    axes = meet(stats.axes, stats.mean.shape, what="stats").names
-    mean, var = (place(z, axes, op.frame, "stats") for z in (stats.mean.astype(wide), stats.var.astype(real)))
+    mean, var = jnp.asarray(stats.mean, wide), jnp.asarray(stats.var, real)
+    axes = meet(stats.axes, mean.shape, what="stats").names
+    mean, var = (place(z, axes, op.frame, "stats") for z in (mean, var))
+    if features is None:
+        features = stats.axes if isinstance(stats, RunningStats) else last(layout)
     shift = jnp.zeros_like(mean)  # the mean is all offset: that is the part which is differentiated
     placed = rule.Stats(jnp.ones_like(var), shift, mean, var)
     affine = _affine(
         var + check_epsilon(epsilon, x_dtype),
         scale,
         bias,
-        last(layout) if features is None else features,
+        features,
         op.frame,
         x_dtype,
     )

@@ -9,14 +9,17 @@
 | group    | all but n and the group        | c        | none    |
 """
 
+from numbers import Integral
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm.errors import LayoutError, named
-from jaxnorm.layout import Names, averaged, flat, kept, last, meet, parse, text_of
+from jaxnorm.layout import Names, after_first, averaged, kept, last, meet, split_axis, text_of
 from jaxnorm.mapped import Groups
 from jaxnorm.normalize import standardize
+from jaxnorm.operands import inexact
 from jaxnorm.rule import wide
 from jaxnorm.running import RunningStats, update
 
@@ -289,16 +292,11 @@ def group_norm(
         dimension but the first without saying so, and nnx's is wrong where `reduction_axes` leaves one out.
     """
     c = last(layout) if features is None else text_of(features)
-    names = flat(parse(layout))
-    if (c,) not in parse(layout):
-        raise LayoutError(f'features={c!r} must be one plain axis of the layout "{text_of(layout)}": it is split.')
-    length = meet(layout, jnp.shape(x), sizes).size(c)
-    if not isinstance(num_groups, int) or num_groups < 1 or length % num_groups:
+    rows, split, member = split_axis(layout, c)
+    length = meet(layout, inexact(x, "x").shape, sizes).size(c)
+    if not isinstance(num_groups, Integral) or num_groups < 1 or length % num_groups:
         raise LayoutError(f"num_groups={num_groups!r} does not divide the {length} entries along {c!r}.")
-    split = f"({c}_group {c}_member)"
-    rows = " ".join(split if name == c else name for name in text_of(layout).split())
-    over = tuple(f"{c}_member" if name == c else name for name in names[1:])
     return standardize(
-        x, rows, over, scale=scale, bias=bias, features=split, epsilon=epsilon, mask=mask,
+        x, rows, (*after_first(layout, c), member), scale=scale, bias=bias, features=split, epsilon=epsilon, mask=mask,
         sizes={**(sizes or {}), f"{c}_group": num_groups},
     )[0]  # fmt: skip

@@ -2,9 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
+from numbers import Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jaxnorm import rule
 from jaxnorm.errors import ArgumentError, LayoutError
@@ -41,11 +45,15 @@ def operands(
     return Operands(frame, plan, frame.split(x), rule.Slots(valid, weights, mapped.member(groups)))
 
 
-def inexact(x, what: str) -> jax.Array:
+def as_array(x, what: str) -> jax.Array:
     try:
-        x = jnp.asarray(x)
+        return jnp.asarray(x)
     except (TypeError, ValueError) as error:
         raise LayoutError(f"{what} must be an array, got {type(x).__name__}.") from error
+
+
+def inexact(x, what: str) -> jax.Array:
+    x = as_array(x, what)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise LayoutError(
             f"{what} has dtype {x.dtype}, and statistics of integers are no integers. Convert it first, as in "
@@ -58,7 +66,7 @@ def _slots(mask, weights, frame: Frame) -> tuple[jax.Array | None, jax.Array | N
     """Mask and weights as arrays of the rank of split x. Weight 0 masks, so that 0 * NaN never happens."""
     valid = None
     if mask is not None:
-        mask = jnp.asarray(mask)
+        mask = as_array(mask, "mask")
         if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
             raise LayoutError(
                 f"mask has dtype {mask.dtype}: pass how much an element counts as weights=, not mask=.\n{frame.given}"
@@ -66,9 +74,11 @@ def _slots(mask, weights, frame: Frame) -> tuple[jax.Array | None, jax.Array | N
         valid = _broadcastable(mask.astype(bool), "mask", frame)
     if weights is None:
         return valid, None
-    weights = _broadcastable(inexact(weights, "weights"), "weights", frame)
-    if jnp.iscomplexobj(weights):
-        raise LayoutError(f"weights have dtype {weights.dtype}: they must be real and not negative.\n{frame.given}")
+    weights = _broadcastable(as_array(weights, "weights"), "weights", frame)
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise LayoutError(f"weights have dtype {weights.dtype}: they must be real floats.\n{frame.given}")
+    if not isinstance(weights, Tracer) and bool((weights < 0).any()):
+        raise LayoutError(f"weights must not be negative.\n{frame.given}")
     counts = weights != 0
     return (counts if valid is None else valid & counts), weights
 
@@ -94,7 +104,11 @@ def feature_array(array, features: Names, frame: Frame, what: str, x_dtype) -> j
     return place_features(array.astype(rule.wide(x_dtype)), features, frame, what)
 
 
-def check_epsilon(epsilon, x_dtype) -> jax.Array:
-    if isinstance(epsilon, int | float) and not epsilon >= 0:
-        raise ArgumentError(f"epsilon must not be negative, got {epsilon!r}.")
+def check_epsilon(epsilon: Any, x_dtype) -> jax.Array:
+    if isinstance(epsilon, Real):
+        epsilon = float(epsilon)
+        if not epsilon >= 0:
+            raise ArgumentError(f"epsilon must not be negative, got {epsilon!r}.")
+    elif not isinstance(epsilon, jax.Array | np.ndarray) or epsilon.shape:
+        raise ArgumentError(f"epsilon must be a number, got {epsilon!r}.")
     return jnp.asarray(epsilon, rule.real_of(rule.wide(x_dtype)))

@@ -75,9 +75,9 @@ def real_of(dtype: Any) -> Any:
 
 
 def ratio(a: Array, n: Array) -> Array:
-    """a / n, and 0 with a zero gradient where n is not positive."""
-    positive = n > 0
-    return jnp.where(positive, a / like(jnp.where(positive, n, 1), a), 0)
+    """a / n, and 0 with a zero gradient where n is not positive. NaN stays NaN."""
+    none = n <= 0
+    return jnp.where(none, 0, a / like(jnp.where(none, 1, n), a))
 
 
 def like(a: Array, z: Array) -> Array:
@@ -92,19 +92,20 @@ def abs_sq(z: Array) -> Array:
 def pool(n: Array, shift: Array, offset: Array, m2: Array) -> tuple[Array, Array, Array, Array]:
     """Merge along the leading axis. A mean is kept as the pair shift + offset: a number near it, and the rest.
 
-    With N = sum n_i and s the shift of the first part that is not empty,
+    With N = sum n_i and s = sum(n_i shift_i) / N, rounded (any number near the mean would do),
 
         o_i = (shift_i - s) + offset_i,   offset = sum(n_i o_i) / N,   m2 = sum(m2_i + n_i |o_i - offset|^2)
 
-    (Chan, Golub and LeVeque 1983, for many parts at once.) Nothing the size of the mean is ever squared or summed,
-    so no digit is lost where the mean is large; m2 is a sum of squares, so it is never negative.
+    (Chan, Golub and LeVeque 1983, for many parts at once.) Only differences from s are squared, so no digit is lost
+    where the mean is large; m2 is a sum of squares, so it is never negative. Sums and no gather along the leading
+    axis: it may be sharded.
     """
     some = n > 0
-    s = jnp.take_along_axis(shift, jnp.argmax(some, axis=0, keepdims=True), axis=0)
-    o = jnp.where(some, (shift - s) + offset, 0)
     total = n.sum(0)
+    s = jax.lax.stop_gradient(_rounded(ratio(jnp.where(some, like(n, shift) * shift, 0).sum(0), total)))
+    o = jnp.where(some, (shift - s[None]) + offset, 0)
     mean = ratio((like(n, o) * o).sum(0), total)
-    return total, s[0], mean, (jnp.where(some, m2, 0) + n * abs_sq(o - mean[None])).sum(0)
+    return total, s, mean, (jnp.where(some, m2, 0) + n * abs_sq(o - mean[None])).sum(0)
 
 
 def _clean(x: Array, dx: Array, slots: Slots) -> Array:
@@ -114,12 +115,12 @@ def _clean(x: Array, dx: Array, slots: Slots) -> Array:
 
 
 def _sum(z: Array, plan: Plan, slots: Slots, weights: Array | None = None) -> Array:
-    """The weighted sum over the slots that count. Masked ones are selected away before any arithmetic."""
+    """The weighted sum over the slots that count. Masked ones are selected away, on both sides, before any product."""
     weights = slots.weights if weights is None else weights
-    if weights is not None:
-        z = z * like(weights, z)
     if slots.valid is not None:
         z = jnp.where(slots.valid, z, 0)
+    if weights is not None:
+        z = z * like(weights if slots.valid is None else jnp.where(slots.valid, weights, 0), z)
     return z.sum(plan.dims, keepdims=True)
 
 
@@ -182,6 +183,8 @@ def _centred(x: Array, stats: Stats, slots: Slots) -> Array:
 
 def _statistics_tangent(plan: Plan, x: Array, slots: Slots, stats: Stats, dx: Array, dslots: Slots) -> Stats:
     c, d = _centred(x, stats, slots), _clean(x, dx, slots)
+    if slots.valid is not None:  # a masked 1e38 is finite, its square is not
+        c = jnp.where(slots.valid, c, 0)
     rows = [_sum(d, plan, slots), _sum(_dot(c, d), plan, slots)]
     if slots.weights is not None:
         dw = dslots.weights
@@ -211,7 +214,11 @@ def _factor(var_eps: Array, scale: Array | None) -> Array:
 def _apply(plan: Plan, x: Array, slots: Slots, stats: Stats, affine: Affine) -> Array:
     c = _centred(x, stats, slots)
     y = c * like(_factor(affine.var_eps, affine.scale), c)
-    return (y if affine.bias is None else y + affine.bias).astype(plan.dtype)
+    y = y if affine.bias is None else y + affine.bias
+    if slots.valid is not None and plan.dtype == "float16":  # x / sqrt(epsilon) of an empty statistic may pass 65504
+        largest = float(jnp.finfo(jnp.float16).max)
+        y = jnp.where(stats.n <= 0, jnp.clip(y, -largest, largest), y)
+    return y.astype(plan.dtype)
 
 
 def _apply_tangent(
@@ -224,7 +231,9 @@ def _apply_tangent(
 
 
 def _var(stats: Stats, epsilon: Array) -> Array:
-    return ratio(stats.m2, stats.n) + epsilon
+    """var + epsilon; 1 where nothing was counted and epsilon is 0, so that y is finite."""
+    var_eps = ratio(stats.m2, stats.n) + epsilon
+    return jnp.where((stats.n <= 0) & (var_eps <= 0), 1, var_eps)
 
 
 def _kept_small(tangent_map):

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+from numbers import Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,9 @@ class RunningStats:
         mean = momentum * mean + (1 - momentum) * batch mean,   var likewise
 
     A frozen pytree, legal as a scan carry: an update changes no shape and no dtype. Before the first update it reads
-    mean 0 and var 1. `num_updates` is one int32 for all channels: an update counts where any channel had data.
+    mean 0 and var 1. `num_updates` is one int32 for all channels, and counts an update in which any channel had data.
+    So `debias` and `momentum=None` are exact for channels that had data in all of them; one that was masked out of an
+    update keeps its value then, and later weighs as if it had taken part.
 
     Example:
         >>> import jaxnorm as jn
@@ -64,7 +68,8 @@ def running_stats(axes: Names = "c", **sizes: int) -> RunningStats:
     """
     names, shape = named_sizes(axes, sizes)
     # distinct arrays: a donated state may not hold one buffer twice
-    return RunningStats(jnp.zeros(shape), jnp.ones(shape), jnp.zeros((), jnp.int32), names)
+    mean, var = jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float32)
+    return RunningStats(mean, var, jnp.zeros((), jnp.int32), names)
 
 
 @named
@@ -117,13 +122,13 @@ def update(
         cumulative average too, and which stores the unbiased variance; Flax has neither debias nor None.
     """
     _check(running, moments, momentum, debias)
+    mean, var, num_updates = (jnp.asarray(z) for z in (running.mean, running.var, running.num_updates))
     merged = transpose_to(merge_along(moments, tuple(n for n in moments.axes if n not in running.axes)), running.axes)
-    if merged.mean.shape != running.mean.shape:
-        raise LayoutError(
-            f"moments along {merged.axes} have shape {merged.mean.shape}, the running statistics {running.mean.shape}."
-        )
+    if merged.mean.shape != mean.shape:
+        raise LayoutError(f"moments along {merged.axes} have shape {merged.mean.shape}, the running ones {mean.shape}.")
     merged = jax.tree.map(jax.lax.stop_gradient, merged)
-    old, new = _factors(running.num_updates, momentum, debias)
+    momentum = float(momentum) if isinstance(momentum, Real) else momentum
+    old, new = _factors(num_updates.astype(np.promote_types(var.dtype, np.float32)), momentum, debias)
     some = merged.count > 0
 
     def average(kept: jax.Array, batch: jax.Array) -> jax.Array:
@@ -133,32 +138,35 @@ def update(
         store = dtype if jnp.iscomplexobj(batch) else kept.dtype
         return (a * kept.astype(dtype) + b * batch.astype(dtype)).astype(store)
 
-    var = merged.var_unbiased if unbiased else merged.var
-    num_updates = running.num_updates + jnp.any(some).astype(running.num_updates.dtype)
-    return RunningStats(average(running.mean, merged.mean), average(running.var, var), num_updates, running.axes)
+    new_var = average(var, merged.var_unbiased if unbiased else merged.var)
+    return RunningStats(
+        average(mean, merged.mean), new_var, num_updates + jnp.any(some).astype(num_updates.dtype), running.axes
+    )
 
 
-def _factors(num_updates: jax.Array, momentum, debias: bool):
-    """The weights of the old and the new value."""
-    t = num_updates.astype(jnp.float32)
+def _factors(t: jax.Array, momentum: Any, debias: bool):
+    """The weights of the old and the new value after t updates."""
     if momentum is None:
         return t / (t + 1), 1 / (t + 1)
     if not debias:
         return momentum, 1 - momentum
     tiny = float(jnp.finfo(jnp.float32).tiny)  # log(0) times t = 0 would be NaN
-    log = math.log(max(momentum, tiny)) if isinstance(momentum, int | float) else jnp.log(jnp.maximum(momentum, tiny))
+    log = math.log(max(momentum, tiny)) if isinstance(momentum, float) else jnp.log(jnp.maximum(momentum, tiny))
     old = momentum * jnp.expm1(t * log) / jnp.expm1((t + 1) * log)  # expm1: 1 - momentum^t keeps its digits
     return old, 1 - old
 
 
-def _check(running: RunningStats, moments: Moments, momentum, debias: bool) -> None:
+def _check(running: RunningStats, moments: Moments, momentum: Any, debias: bool) -> None:
+    if not isinstance(running, RunningStats) or not isinstance(moments, Moments):
+        kinds = type(running).__name__, type(moments).__name__
+        raise ArgumentError("update takes RunningStats, then Moments, got {} and {}.".format(*kinds))
     missing = [name for name in running.axes if name not in moments.axes]
     if missing:
         raise LayoutError(
             f"the running statistics are kept along {missing[0]!r}, which the moments lack.\n"
             f"  running along {running.axes}, moments along {moments.axes}: averaged too much? See over."
         )
-    if isinstance(momentum, int | float) and not 0 <= momentum <= 1:
-        raise ArgumentError(f"momentum is the part of the old value that is kept, 0 to 1, got {momentum}.")
-    if debias and isinstance(momentum, int | float) and momentum == 1:
+    if isinstance(momentum, str) or (isinstance(momentum, Real) and not 0 <= float(momentum) <= 1):
+        raise ArgumentError(f"momentum is the part of the old value that is kept, 0 to 1, got {momentum!r}.")
+    if debias and isinstance(momentum, Real) and float(momentum) == 1:
         raise ArgumentError("momentum=1 with debias never ends its warm-up. momentum=None is its limit.")

@@ -273,7 +273,7 @@ WRONG = {
         "GroupNorm", {"num_groups": 2, "reduction_axes": (0, 1)},
     ),
     "a composed axis split again": (
-        jn.LayoutError, 'GroupNorm splits one plain axis, not "(g k)".\n  layout "n h (g k)"', "GroupNorm",
+        jn.LayoutError, "features='(g k)' must be one plain axis of the layout \"n h (g k)\"", "GroupNorm",
         {"num_groups": 2, "layout": "n h (g k)", "sizes": {"g": 2}},
     ),
     "groups of two mapped axes": (
@@ -286,6 +286,13 @@ WRONG = {
     "a mapped axis that is not bound": (
         jn.AxisError, "'devices' in over is neither a dimension of the layout nor a mapped axis.", "BatchNorm",
         {"axis_name": "devices"},
+    ),
+    "names that no dimension of the default layout has": (
+        jn.LayoutError, 'over="n h w" names no dimension of the layout', "BatchNorm", {"over": "n h w"},
+    ),
+    "examples that are not first": (
+        jn.LayoutError, "group norm leaves the first name of the layout apart", "GroupNorm",
+        {"num_groups": 2, "layout": "... c"},
     ),
     "an empty over": (jn.AxisError, "over is empty", "LayerNorm", {"over": ()}),
 }  # fmt: skip

@@ -345,3 +345,32 @@ def test_running_statistics_meet_sharded_channels():
     y, new = jax.jit(lambda x, running: jn.batch_norm(x, running, "n c", "n"))(sharded_x, running)
     np.testing.assert_allclose(new.mean, 0.01 * x.mean(0), atol=1e-8)
     np.testing.assert_allclose(y, (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5), atol=1e-6)
+
+
+def test_ghosts_along_a_sharded_batch():
+    """Explicit axis types: the parts of the batch lie on the devices, and merging them needs no gather."""
+    mesh = make_mesh(axis_types=(AxisType.Explicit,))
+    x = RNG.normal(size=(16, 3)).astype(np.float32)
+    sharded_x = jax.device_put(x, NamedSharding(mesh, P("devices")))
+
+    @jax.jit
+    def step(x):
+        return jn.batch_norm(x, jn.running_stats(c=3), "(m n) c", "n", features="c", sizes={"m": 8}, momentum=0.0)
+
+    y, running = step(sharded_x)
+    parts = x.reshape(8, 2, 3).astype(np.float64)
+    want = (parts - parts.mean(1, keepdims=True)) / np.sqrt(parts.var(1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(y, want.reshape(16, 3), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(running.var, x.astype(np.float64).var(0), rtol=1e-6)
+
+
+def test_local_state_is_a_scan_carry_once_it_varies():
+    """Under check_vma=True a device's own statistics need a carry that varies from the start: the README's pcast."""
+
+    def local(x):
+        running = lax.pcast(jn.running_stats(c=CHANNELS), "devices", to="varying")
+        running, _ = lax.scan(lambda r, x: jn.batch_norm(x, r, "n c", "n")[::-1], running, jnp.stack([x, x]))
+        return running.mean[None]
+
+    mean = jax.shard_map(local, mesh=AUTO, in_specs=P("devices"), out_specs=P("devices"))(X.reshape(-1, CHANNELS))
+    np.testing.assert_allclose(mean, (1 - 0.99**2) * X.mean(1), rtol=1e-5)

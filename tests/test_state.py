@@ -275,3 +275,21 @@ def test_states_and_moments_are_pytrees_that_know_their_axes():
         assert jax.tree.structure(other) != structure
         with pytest.raises(AttributeError):  # frozen
             tree.mean = None
+
+
+def test_a_state_built_by_hand():
+    """As an importer builds it: NumPy arrays and Python numbers."""
+    by_hand = jn.RunningStats(np.zeros(3, np.float32), np.ones(3, np.float32), 0, ("c",))
+    batch = jn.moments(np.arange(6, dtype=np.float32).reshape(2, 3), "n c", "n")
+    same = jn.update(jn.running_stats(c=3), batch, debias=True)
+    np.testing.assert_array_equal(jn.update(by_hand, batch, debias=True).mean, same.mean)
+    assert jn.merge(jn.Moments(2.0, batch.mean, batch.m2, ("c",)), batch).count.tolist() == [4.0] * 3
+
+
+def test_float64_state_is_averaged_in_float64():
+    with jax.enable_x64(True):
+        running = jn.RunningStats(jnp.zeros(1, jnp.float64), jnp.ones(1, jnp.float64), jnp.zeros((), jnp.int32), ("c",))
+        for value in range(1, 6):
+            batch = jn.moments(jnp.full((2, 1), float(value), jnp.float64), "n c", "n")
+            running = jn.update(running, batch, momentum=None)
+        np.testing.assert_allclose(running.mean, [3.0], rtol=1e-15)
