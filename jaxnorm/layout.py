@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnorm.errors import LayoutError, nearest, point
+from jaxnorm.sharded import parts_of
 
 Names = str | tuple[str, ...]
 Dims = tuple[tuple[str, ...], ...]  # one tuple a dimension: one name, the parts of a composed one, or ("...",)
@@ -180,6 +181,14 @@ class Frame:
         """Composed dimensions of `x` taken apart. A dimension of size 1 (of a mask) splits into ones."""
         if len(self.names) == len(self.shape):
             return x
+        for dim, parts in enumerate(self.parts):
+            lies = parts_of(x, dim) if len(parts) > 1 and isinstance(x, jax.core.Tracer) else 1
+            if parts[0] % lies:
+                raise LayoutError(
+                    f"a dimension of size {x.shape[dim]} lies in {lies} parts on the devices and cannot be split into "
+                    f"{' x '.join(map(str, parts))} there: {parts[0]} is not a multiple of {lies}. Gather it first "
+                    f"with jax.reshard, or choose other sizes.\n{self.given}"
+                )
         return x.reshape([s for n, p in zip(x.shape, self.parts, strict=True) for s in (p if n != 1 else [1] * len(p))])
 
     def join(self, y: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ merge 4e-6. Linear maps (tangents) are summed with one psum, whose transpose JAX
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -30,6 +31,8 @@ class Mapped:
     names: tuple[str, ...] = ()
     size: int = 1
     grouped: str | None = None
+    length: int = 1  # of the axis that is cut, and how far its devices lie apart in the order of `gather`
+    stride: int = 1
 
     def gather(self, z: jax.Array) -> jax.Array:
         """The values of all devices, stacked on a new leading axis; the same array on each of them."""
@@ -47,26 +50,22 @@ class Mapped:
             return z
         if member is None:
             return lax.psum(z, self.names)
-        mesh, vmapped = _by_kind(self.names)
-        shape = z.shape
-        for names in ([mesh] if mesh else []) + list(vmapped):
-            z = lax.all_gather(z, names)
-        return jnp.tensordot(member.astype(z.dtype), z.reshape((self.size, *shape)), 1)
+        # The axes that are not cut first, by a psum: its result is typed as replicated over them, like the statistics.
+        others = tuple(name for name in self.names if name != self.grouped)
+        z = lax.psum(z, others) if others else z
+        own = member.reshape(-1, self.length, self.stride)[0, :, 0].astype(z.dtype)
+        return jnp.tensordot(own, lax.all_gather(z, self.grouped), 1)
 
     def member(self, groups: Groups | None) -> jax.Array | None:
         """1 for the devices of this device's own group and 0 for the others, in the order of `gather`."""
         if self.grouped is None or groups is None:
             return None
-        group_of = np.zeros(lax.axis_size(self.grouped), np.int32)
+        group_of = np.zeros(self.length, np.int32)
         for i, group in enumerate(groups[self.grouped]):
             group_of[list(group)] = i
-        mesh, vmapped = _by_kind(self.names)
-        order = (*reversed(vmapped), *mesh)  # gather stacks its last axis outermost
-        at = order.index(self.grouped)
-        shape = [len(group_of) if i == at else 1 for i in range(len(order))]
-        table = np.broadcast_to(group_of.reshape(shape), [lax.axis_size(name) for name in order])
+        table = np.tile(np.repeat(group_of, self.stride), self.size // (self.length * self.stride))
         own = jnp.asarray(group_of)[lax.axis_index(self.grouped)]
-        return (jnp.asarray(table.reshape(-1)) == own).astype(jnp.float32)
+        return (jnp.asarray(table) == own).astype(jnp.float32)
 
 
 def _by_kind(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -80,6 +79,14 @@ def varying(x: jax.Array) -> frozenset[str]:
     kind = jax.typeof(x)
     now = getattr(kind, "mat", None)  # jax 0.12 and later; before, `vma`
     return frozenset(now.varying if now is not None else getattr(kind, "vma", None) or ())
+
+
+def varying_over(x: jax.Array, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the mapped axes `names` over which x may differ. JAX knows under check_vma=True only."""
+    if not checks_vma():
+        return names
+    known = varying(x)
+    return tuple(name for name in names if name in known)
 
 
 def checks_vma() -> bool:
@@ -132,12 +139,29 @@ def resolve_over(over: Names, frame: Frame, groups: Groups | None = None) -> tup
     return tuple(dims), _mapped(tuple(mapped), text, groups)
 
 
-def _unbound(name: str, text: str, frame: Frame) -> AxisError:
+def resolve_axes(over: Names) -> Mapped:
+    """`over` where there is no array whose dimensions it could name: mapped axes only."""
+    names, text = parse_list(over, "over"), text_of(over)
+    if not names:
+        raise AxisError('over is empty: name the mapped axes, as in over="devices".')
+    there = []
+    for listed in names:
+        name = listed.rstrip("?")
+        if is_mapped(name):
+            there.append(name)
+        elif not listed.endswith("?"):
+            raise _unbound(name, text)
+    return _mapped(tuple(there), text, None)
+
+
+def _unbound(name: str, text: str, frame: Frame | None = None) -> AxisError:
     bound = bound_names()
-    known = (*(n for n in frame.names if not n.startswith(ELLIPSIS)), *bound)
+    dims = () if frame is None else tuple(n for n in frame.names if not n.startswith(ELLIPSIS))
+    kind = "no mapped axis" if frame is None else "neither a dimension of the layout nor a mapped axis"
+    given = "" if frame is None else f"{frame.given}\n"
     return AxisError(
-        f"{name!r} in over is neither a dimension of the layout nor a mapped axis.{nearest(name, known)}\n"
-        f"{point(text, name, 'over')}\n{frame.given}\n  mapped axes bound here: {', '.join(bound) or 'none'}\n"
+        f"{name!r} in over is {kind}.{nearest(name, (*dims, *bound))}\n"
+        f"{point(text, name, 'over')}\n{given}  mapped axes bound here: {', '.join(bound) or 'none'}\n"
         f"  Put the call under vmap(..., axis_name={name!r}), pmap or shard_map, or write {name + '?'!r} to skip the "
         "axis where it is absent. Under jit over sharded arrays leave it out: statistics are global there."
     )
@@ -173,4 +197,9 @@ def _mapped(names: tuple[str, ...], text: str, groups: Groups | None) -> Mapped:
                 f"0 to {lax.axis_size(name) - 1}, exactly once."
             )
         grouped = name
-    return Mapped(names, size, grouped)
+    if grouped is None:
+        return Mapped(names, size)
+    mesh, vmapped = _by_kind(names)
+    order = (*reversed(vmapped), *mesh)  # gather stacks its last axis outermost
+    stride = math.prod(lax.axis_size(name) for name in order[order.index(grouped) + 1 :])
+    return Mapped(names, size, grouped, lax.axis_size(grouped), stride)

@@ -14,6 +14,7 @@ from jaxnorm import rule
 from jaxnorm.errors import ArgumentError, LayoutError
 from jaxnorm.layout import Frame, Names, meet, place_features
 from jaxnorm.mapped import Groups, resolve_over
+from jaxnorm.sharded import cut_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,10 @@ def operands(
     x = inexact(x, "x")
     frame = meet(layout, x.shape, sizes, over)
     dims, mapped = ((), rule.Mapped()) if over is None else resolve_over(over, frame, groups)
-    plan = rule.Plan(dims, mapped, center, jnp.dtype(x.dtype if dtype is None else dtype).name)
     valid, weights = _slots(mask, weights, frame)
-    return Operands(frame, plan, frame.split(x), rule.Slots(valid, weights, mapped.member(groups)))
+    x = frame.split(x)
+    plan = rule.Plan(dims, mapped, center, jnp.dtype(x.dtype if dtype is None else dtype).name, cut_of(x, dims))
+    return Operands(frame, plan, x, rule.Slots(valid, weights, mapped.member(groups)))
 
 
 def as_array(x, what: str) -> jax.Array:

@@ -25,6 +25,7 @@ N(1e6, 1) in float32 comes out to 3e-7, where x - mean with one rounded mean giv
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxnorm.mapped import Mapped
+from jaxnorm.sharded import Cut
 
 STATS_NAME = "jaxnorm_stats"  # what jax.checkpoint policies call the reduced statistics
 
@@ -46,6 +48,12 @@ class Plan:
     mapped: Mapped
     center: bool
     dtype: str
+    cut: Cut | None = None
+
+    @property
+    def local(self) -> tuple[int, ...]:
+        """The dimensions averaged inside the rule, where the one that is cut is two, of which the first is kept."""
+        return self.dims if self.cut is None else tuple(d + (d >= self.cut.dim) for d in self.dims)
 
 
 class Slots(NamedTuple):
@@ -121,7 +129,7 @@ def _sum(z: Array, plan: Plan, slots: Slots, weights: Array | None = None) -> Ar
         z = jnp.where(slots.valid, z, 0)
     if weights is not None:
         z = z * like(weights if slots.valid is None else jnp.where(slots.valid, weights, 0), z)
-    return z.sum(plan.dims, keepdims=True)
+    return z.sum(plan.local, keepdims=True)
 
 
 def _count(plan: Plan, x: Array, slots: Slots, weights: Array | None) -> Array:
@@ -129,8 +137,8 @@ def _count(plan: Plan, x: Array, slots: Slots, weights: Array | None) -> Array:
     w = jnp.ones((1,) * x.ndim, real_of(wide(x.dtype))) if weights is None else weights.astype(real_of(wide(x.dtype)))
     if slots.valid is not None:
         w = jnp.where(slots.valid, w, 0)
-    repeats = math.prod(x.shape[d] for d in plan.dims if w.shape[d] != x.shape[d])
-    return w.sum(plan.dims, keepdims=True) * repeats
+    repeats = math.prod(x.shape[d] for d in plan.local if w.shape[d] != x.shape[d])
+    return w.sum(plan.local, keepdims=True) * repeats
 
 
 def _dot(c: Array, d: Array) -> Array:
@@ -162,19 +170,39 @@ def _statistics(plan: Plan, x: Array, slots: Slots) -> Stats:
     if slots.weights is not None:  # its tangent has this shape
         n = jnp.broadcast_to(n, m2.shape)
     stats = Stats(n, shift, offset, m2)
+    if plan.cut is not None:
+        stats = _merge(stats, functools.partial(plan.cut.gather, axis=plan.cut.dim + 1))
     if plan.mapped.names:
-        stats = _merge_devices(plan, stats, slots.member)
+        stats = _merge(stats, plan.mapped.gather, slots.member)
+    return stats
+
+
+def _kept(stats: Stats) -> Stats:
+    """`stats` under their name for the policies of `jax.checkpoint`. Said in the rules, at the top: inside of a
+    `custom_jvp` function no policy finds it, and a backward pass would cross the devices again."""
     return Stats(*(checkpoint_name(s, STATS_NAME) for s in stats))
 
 
-def _merge_devices(plan: Plan, stats: Stats, member: Array | None) -> Stats:
+def _merge(stats: Stats, gather: Callable[[Array], Array], member: Array | None = None) -> Stats:
     """One collective: everything is stacked on a new leading axis, which keeps a sharded channel axis sharded."""
     rows = [jnp.broadcast_to(s, stats.m2.shape).astype(stats.shift.dtype) for s in stats]
-    n, shift, offset, m2 = jnp.moveaxis(plan.mapped.gather(jnp.stack(rows)), 1, 0)
+    n, shift, offset, m2 = jnp.moveaxis(gather(jnp.stack(rows)), 1, 0)
     n, m2 = jnp.real(n), jnp.real(m2)
     if member is not None:
         n = n * member.reshape((-1,) + (1,) * (n.ndim - 1)).astype(n.dtype)
     return Stats(*pool(n, shift, offset, m2))
+
+
+def _spread(plan: Plan, x: Array, *rows: Array | None) -> tuple[Array | None, ...]:
+    """Rows as every part of x sees them. Stacked, so that backward, where this is a sum over the parts, it is one."""
+    if plan.cut is None:
+        return rows
+    small = [i for i, row in enumerate(rows) if row is not None and row.shape == rows[0].shape]
+    stack = plan.cut.spread(jnp.stack([rows[i] for i in small]), plan.cut.dim + 1, x)
+    spread = list(rows)
+    for i, row in zip(small, stack, strict=True):
+        spread[i] = row
+    return tuple(spread)
 
 
 def _centred(x: Array, stats: Stats, slots: Slots) -> Array:
@@ -191,7 +219,10 @@ def _statistics_tangent(plan: Plan, x: Array, slots: Slots, stats: Stats, dx: Ar
         rows[0] += _sum(c, plan, slots, dw)
         rows[1] += _sum(abs_sq(c), plan, slots, dw) / 2
         rows.append(jnp.broadcast_to(_count(plan, x, slots, dw), rows[0].shape))
-    sums = plan.mapped.total(jnp.stack([row.astype(c.dtype) for row in rows]), slots.member)
+    sums = jnp.stack([row.astype(c.dtype) for row in rows])
+    if plan.cut is not None:
+        sums = sums.sum(plan.cut.dim + 1, keepdims=True)
+    sums = plan.mapped.total(sums, slots.member)
     first, second = sums[0], jnp.real(sums[1])
     dcount = jnp.real(sums[2]) if slots.weights is not None else jnp.zeros_like(stats.n)
     doffset = ratio(first, stats.n) if plan.center else jnp.zeros_like(first)
@@ -225,9 +256,10 @@ def _apply_tangent(
     plan: Plan, x: Array, slots: Slots, stats: Stats, affine: Affine, dx: Array, doffset: Array, daffine: Affine
 ) -> Array:
     factor, dfactor = jax.jvp(_factor, affine[:2], daffine[:2])
-    c, dc = _centred(x, stats, slots), _clean(x, dx, slots) - doffset
-    dy = dc * like(factor, c) + c * like(dfactor, c)
-    return (dy if daffine.bias is None else dy + daffine.bias).astype(plan.dtype)
+    c = _centred(x, stats, slots)
+    doffset, dfactor, dbias = _spread(plan, x, doffset, like(dfactor, c), daffine.bias)
+    dy = (_clean(x, dx, slots) - doffset) * like(factor, c) + c * dfactor
+    return (dy if dbias is None else dy + dbias).astype(plan.dtype)
 
 
 def _var(stats: Stats, epsilon: Array) -> Array:
@@ -267,7 +299,7 @@ _standardize_rule = jax.custom_jvp(_standardize, nondiff_argnums=(0,))
 @_statistics_rule.defjvp
 def _(plan, primals, tangents):
     (x, slots), (dx, dslots) = primals, tangents
-    stats = _statistics_rule(plan, x, slots)
+    stats = _kept(_statistics_rule(plan, x, slots))
     return stats, _kept_small(functools.partial(_statistics_tangent, plan))(x, slots, stats, dx, dslots)
 
 
@@ -282,15 +314,28 @@ def _(plan, primals, tangents):
 @_standardize_rule.defjvp
 def _(plan, primals, tangents):
     x, slots, epsilon, scale, bias = primals
-    y, stats = _standardize_rule(plan, x, slots, epsilon, scale, bias)
+    stats = _kept(_statistics_rule(plan, x, slots))
+    y = _apply_rule(plan, x, slots, stats, Affine(_var(stats, epsilon), scale, bias))
     tangent_map = _kept_small(functools.partial(_standardize_tangent, plan))
     return (y, stats), tangent_map(x, slots, stats, epsilon, scale, *tangents)
+
+
+def _opened(cut: Cut | None, x: Array, slots: Slots, *affine: Array | None):
+    if cut is None:
+        return x, slots, *affine
+    slots = slots._replace(valid=cut.open(slots.valid), weights=cut.open(slots.weights))
+    return cut.open(x), slots, *map(cut.open, affine)
+
+
+def _closed(cut: Cut | None, results: Any) -> Any:
+    return results if cut is None else jax.tree.map(cut.close, results)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def statistics(plan: Plan, x: Array, slots: Slots) -> Stats:
     """Statistics of x over the plan's dimensions and devices."""
-    return _statistics_rule(plan, x, slots)
+    x, slots = _opened(plan.cut, x, slots)
+    return _closed(plan.cut, _statistics_rule(plan, x, slots))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -304,4 +349,5 @@ def standardize(
     plan: Plan, x: Array, slots: Slots, epsilon: Array, scale: Array | None, bias: Array | None
 ) -> tuple[Array, Stats]:
     """Statistics and the affine step with them, under one rule: the gradient of x is added up before it is rounded."""
-    return _standardize_rule(plan, x, slots, epsilon, scale, bias)
+    x, slots, scale, bias = _opened(plan.cut, x, slots, scale, bias)
+    return _closed(plan.cut, _standardize_rule(plan, x, slots, epsilon, scale, bias))

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxnorm.errors import ArgumentError, LayoutError, named
 from jaxnorm.layout import Names
 from jaxnorm.moments import Moments, merge_along, named_sizes, transpose_to
+from jaxnorm.sharded import keep_sharding
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["mean", "var", "num_updates"], meta_fields=["axes"])
@@ -136,12 +137,11 @@ def update(
         # The factors are selected, not the results: products may mix replicated and sharded operands, a select may not.
         a, b = (jnp.where(some, jnp.asarray(f, dtype), g) for f, g in ((old, 1), (new, 0)))
         store = dtype if jnp.iscomplexobj(batch) else kept.dtype
-        return (a * kept.astype(dtype) + b * batch.astype(dtype)).astype(store)
+        return keep_sharding((a * kept.astype(dtype) + b * batch.astype(dtype)).astype(store), kept)
 
     new_var = average(var, merged.var_unbiased if unbiased else merged.var)
-    return RunningStats(
-        average(mean, merged.mean), new_var, num_updates + jnp.any(some).astype(num_updates.dtype), running.axes
-    )
+    counted = num_updates + jnp.any(some).astype(num_updates.dtype)
+    return RunningStats(average(mean, merged.mean), new_var, keep_sharding(counted, num_updates), running.axes)
 
 
 def _factors(t: jax.Array, momentum: Any, debias: bool):
