@@ -182,8 +182,8 @@ class Frame:
         if len(self.names) == len(self.shape):
             return x
         for dim, parts in enumerate(self.parts):
-            lies = parts_of(x, dim) if len(parts) > 1 and isinstance(x, jax.core.Tracer) else 1
-            if parts[0] % lies:
+            lies = parts_of(jax.typeof(x).sharding, dim)
+            if len(parts) > 1 and parts[0] % lies:
                 raise LayoutError(
                     f"a dimension of size {x.shape[dim]} lies in {lies} parts on the devices and cannot be split into "
                     f"{' x '.join(map(str, parts))} there: {parts[0]} is not a multiple of {lies}. Gather it first "

@@ -193,16 +193,16 @@ def _merge(stats: Stats, gather: Callable[[Array], Array], member: Array | None 
     return Stats(*pool(n, shift, offset, m2))
 
 
-def _spread(plan: Plan, x: Array, *rows: Array | None) -> tuple[Array | None, ...]:
-    """Rows as every part of x sees them. Stacked, so that backward, where this is a sum over the parts, it is one."""
+def _spread(plan: Plan, x: Array, rows: list[Array]) -> list[Array]:
+    """Rows as every part of x sees them. Stacked, so that backward, where this is a sum over the parts, it is one.
+
+    Those of another shape than the first (a scale for every place) lie where x lies, and stay as they are.
+    """
     if plan.cut is None:
         return rows
-    small = [i for i, row in enumerate(rows) if row is not None and row.shape == rows[0].shape]
-    stack = plan.cut.spread(jnp.stack([rows[i] for i in small]), plan.cut.dim + 1, x)
-    spread = list(rows)
-    for i, row in zip(small, stack, strict=True):
-        spread[i] = row
-    return tuple(spread)
+    small = [row for row in rows if row.shape == rows[0].shape]
+    stack = iter(plan.cut.spread(jnp.stack(small), plan.cut.dim + 1, x))
+    return [next(stack) if row.shape == rows[0].shape else row for row in rows]
 
 
 def _centred(x: Array, stats: Stats, slots: Slots) -> Array:
@@ -257,9 +257,10 @@ def _apply_tangent(
 ) -> Array:
     factor, dfactor = jax.jvp(_factor, affine[:2], daffine[:2])
     c = _centred(x, stats, slots)
-    doffset, dfactor, dbias = _spread(plan, x, doffset, like(dfactor, c), daffine.bias)
+    dbias = [] if daffine.bias is None else [daffine.bias]
+    doffset, dfactor, *dbias = _spread(plan, x, [doffset, like(dfactor, c), *dbias])
     dy = (_clean(x, dx, slots) - doffset) * like(factor, c) + c * dfactor
-    return (dy if dbias is None else dy + dbias).astype(plan.dtype)
+    return (dy + dbias[0] if dbias else dy).astype(plan.dtype)
 
 
 def _var(stats: Stats, epsilon: Array) -> Array:
@@ -320,11 +321,11 @@ def _(plan, primals, tangents):
     return (y, stats), tangent_map(x, slots, stats, epsilon, scale, *tangents)
 
 
-def _opened(cut: Cut | None, x: Array, slots: Slots, *affine: Array | None):
+def _opened(cut: Cut | None, x: Array, slots: Slots, *affine: Array | None) -> Any:
     if cut is None:
         return x, slots, *affine
-    slots = slots._replace(valid=cut.open(slots.valid), weights=cut.open(slots.weights))
-    return cut.open(x), slots, *map(cut.open, affine)
+    x, valid, weights, *rest = jax.tree.map(cut.open, (x, slots.valid, slots.weights, *affine))
+    return x, Slots(valid, weights, slots.member), *rest
 
 
 def _closed(cut: Cut | None, results: Any) -> Any:

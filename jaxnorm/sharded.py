@@ -8,6 +8,7 @@ backward its transpose) is stacked, so that it crosses in one sum as well.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,8 @@ class Cut:
     dim: int
     parts: int
 
-    def open(self, z: jax.Array | None) -> jax.Array | None:
+    def open(self, z: jax.Array) -> jax.Array:
         """Split the dimension; one of size 1 (of a mask, a scale) stays one."""
-        if z is None:
-            return None
         n = z.shape[self.dim]
         return z.reshape(*z.shape[: self.dim], *((1, 1) if n == 1 else (self.parts, -1)), *z.shape[self.dim + 1 :])
 
@@ -55,9 +54,8 @@ class Cut:
         return lax.broadcast_in_dim(z, shape, range(z.ndim), out_sharding=NamedSharding(sharding.mesh, P(*spec)))
 
 
-def parts_of(x: jax.Array, dim: int) -> int:
-    """In how many parts a dimension is known to lie: by Explicit axis types, or outside of jit."""
-    sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
+def parts_of(sharding: Any, dim: int) -> int:
+    """In how many parts a dimension lies, where the sharding tells: that of an array, or of an Explicit type."""
     spec = getattr(sharding, "spec", ())
     names = spec[dim] if dim < len(spec) else None
     return math.prod(sharding.mesh.shape[name] for name in (names if isinstance(names, tuple) else (names,)) if name)
@@ -76,11 +74,12 @@ def cut_of(x: jax.Array, dims: tuple[int, ...]) -> Cut | None:
     dimension, where the examples of a batch lie, is taken to be cut between all devices if it is averaged at all,
     unless the gather would be more work (parts^2 selects for each of 4 numbers) than one more pass over x.
     """
-    known = [parts_of(x, dim) for dim in range(x.ndim)]
+    sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
+    known = [parts_of(sharding, dim) for dim in range(x.ndim)]
     for dim in dims:
         if known[dim] > 1 and x.shape[dim] % known[dim] == 0:
             return Cut(dim, known[dim])
-    if not isinstance(x, Tracer) or max(known) > 1 or 0 not in dims or len(dims) == x.ndim:
+    if not isinstance(x, Tracer) or max(known, default=1) > 1 or 0 not in dims or len(dims) == x.ndim:
         return None
     parts = auto_devices()
     averaged = math.prod(x.shape[dim] for dim in dims)
