@@ -192,7 +192,7 @@ def test_out_that_cannot_be_written(refused, tmp_path):
 
 def test_more_devices_than_there_are(refused, monkeypatch):
     assert re.search("--devices: 16 wanted, cpu has 8; JAX was started before", refused("--devices", "16"))
-    gpus = [SimpleNamespace(platform="gpu")] * 3
+    gpus = [SimpleNamespace(platform="gpu", process_index=0)] * 3
     monkeypatch.setattr(jax, "devices", lambda: gpus)
     assert re.search("--devices: 4 wanted, gpu has 3; JAX_PLATFORMS=cpu simulates", refused("--devices", "4"))
     assert re.search("--batch-size: 128 is not a multiple of the 3 devices", refused())

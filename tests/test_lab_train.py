@@ -32,7 +32,7 @@ def trained():
 
     def two_steps(devices, local_stats):
         programs = train.compiled(model("batch", local_stats), optax.sgd(RATE), mesh(devices), 64, DIGITS)
-        batches = train.train_batches(DIGITS, 64, seed=0, epoch=0)
+        batches = train.train_batches(DIGITS, 64, mesh(devices), seed=0, epoch=0)
         state, _ = programs.step(programs.init(jax.random.key(0)), *next(batches))
         return programs, *programs.step(state, *next(batches))
 
@@ -89,7 +89,7 @@ def test_pooled_has_the_variance_between_the_devices():
 def test_scores_count_every_test_example_once(key, trained):
     """359 examples do not divide by 8. The reference is one call without a map, and no padding."""
     programs, state, _ = trained[key]
-    (batch,) = train.held_out_batches(DIGITS, key[0])
+    (batch,) = train.held_out_batches(DIGITS, mesh(key[0]))
     scored = programs.evaluate(state, *batch)
     stats = train.pooled(state.stats) if key[1] else state.stats
     params, stats = jax.device_get((state.params, stats))
@@ -102,17 +102,17 @@ def test_scores_count_every_test_example_once(key, trained):
 
 def test_batches_hold_every_example_once():
     few = data.Dataset(DIGITS.x[:50], DIGITS.y[:50], DIGITS.x[:1030], DIGITS.y[:1030], 10)
-    met = np.concatenate([x for x, _ in train.train_batches(few, 16, seed=0, epoch=0)])
+    met = np.concatenate([x for x, _ in train.train_batches(few, 16, mesh(8), seed=0, epoch=0)])
     assert len(met) == 48  # whole batches only
     assert len(np.unique(met.reshape(48, -1), axis=0)) == 48
-    parts = list(train.held_out_batches(few, 8))
+    parts = list(train.held_out_batches(few, mesh(8)))
     assert [mask.sum() for _, _, mask in parts] == [1024, 6]
     np.testing.assert_array_equal(np.concatenate([x[mask] for x, _, mask in parts]), few.x_test)
 
 
 def test_orders_differ_by_seed_and_epoch():
     orders = {
-        tuple(next(train.train_batches(DIGITS, 64, seed, epoch))[1]) for seed in range(2) for epoch in range(2)
+        tuple(next(train.train_batches(DIGITS, 64, mesh(1), seed, epoch))[1]) for seed in range(2) for epoch in range(2)
     }  # fmt: skip
     assert len(orders) == 4
 

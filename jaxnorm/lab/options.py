@@ -34,6 +34,9 @@ examples:
       a few minutes; from the Debian package dataset-fashion-mnist, or from --data DIR with its four .gz files
   jaxnorm compare --dataset mine.npz --out runs/mine
       x (n, h, w) or (n, h, w, c) numbers and y (n,) integers; one fifth is kept for the test
+  jaxnorm compare --coordinator host0:9876 --num-processes 2 --process-id 0
+      on host0, and the same with --process-id 1 on the other: one training, four of the eight devices on each.
+      Under srun, and where TPU_WORKER_HOSTNAMES names several hosts, `jaxnorm compare` alone does it
 
 It leaves results.json, curves.png, activations.png and gradients.png in --out. Ctrl-C writes what there is.""",
     "formatter_class": argparse.RawDescriptionHelpFormatter,
@@ -61,6 +64,9 @@ class Options:
     dataset: str = "digits"
     data: Path | None = None
     out: Path | None = None
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
     quiet: bool = False
 
 
@@ -89,6 +95,9 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     add("--dataset", "digits, fashion-mnist, or a file PATH.npz with x and y", metavar="NAME")
     add("--data", "the folder of fashion-mnist's four .gz files", type=Path, metavar="DIR")
     add("--out", "the folder to write to; files there are replaced (default: runs/DATASET-TIME)", type=Path)
+    add("--coordinator", "of several processes: where process 0 listens", type=address, metavar="HOST:PORT")
+    add("--num-processes", "how many there are; --devices are those of all together", type=whole, metavar="P")
+    add("--process-id", "which one this is, from 0; process 0 alone writes", type=index, metavar="I")
     add("--quiet", "no progress display, only the table at the end", action="store_true")
 
 
@@ -97,6 +106,21 @@ def whole(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
     return int(text)
+
+
+def index(text: str) -> int:
+    """A whole number from 0."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}")
+    return int(text)
+
+
+def address(text: str) -> str:
+    """HOST:PORT."""
+    host, _, port = text.rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+        raise argparse.ArgumentTypeError(f"must be HOST:PORT with a port from 1 to 65535, got {text!r}")
+    return text
 
 
 def positive(text: str) -> float:

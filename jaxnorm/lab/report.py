@@ -54,13 +54,21 @@ def summary(runs: list[Run]) -> list[dict[str, Any]]:
     return table
 
 
-def document(options: Options, mesh: Mesh, data: Dataset, runs: list[Run], interrupted: bool) -> dict[str, Any]:
-    """All that results.json says."""
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What there is while the training goes on: enough to write it all down, whatever becomes of the training."""
+
+    folder: Path
+    facts: dict[str, Any]
+    runs: list[Run]
+
+
+def facts(options: Options, mesh: Mesh, data: Dataset) -> dict[str, Any]:
+    """What is known before the training, as results.json says it."""
     config = dataclasses.asdict(options) | {"devices": mesh.size}
     device = mesh.devices[0]
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     return {
-        "interrupted": interrupted,
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in config.items()},
         "versions": {"jaxnorm": jaxnorm.__version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
@@ -72,9 +80,13 @@ def document(options: Options, mesh: Mesh, data: Dataset, runs: list[Run], inter
             "classes": data.classes,
         },
         "quantiles": QUANTILES,
-        "runs": [dataclasses.asdict(run) for run in runs],
-        "table": summary(runs),
     }
+
+
+def document(kept: Kept, interrupted: bool) -> dict[str, Any]:
+    """All that results.json says."""
+    runs = [dataclasses.asdict(run) for run in kept.runs]
+    return {"interrupted": interrupted} | kept.facts | {"runs": runs, "table": summary(kept.runs)}
 
 
 def write(path: Path, results: dict) -> None:

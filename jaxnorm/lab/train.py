@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
+from jaxnorm.lab import processes
 from jaxnorm.lab.data import Dataset
 from jaxnorm.lab.model import Classifier
 
@@ -129,14 +130,14 @@ def evaluate(model: Classifier, params, stats, x, y, mask) -> Scored:
 
 
 def pooled(stats: Any) -> Any:
-    """Local running statistics as one, with the variance between the devices, which a mean of variances lacks."""
+    """Local running statistics, one row a device, as one: all devices have seen the same number of updates."""
 
-    def pool(stats: dict) -> dict:
-        rows = zip(stats["mean"], stats["var"], strict=True)
-        moments = jn.merge(*(jn.Moments(jnp.ones_like(mean), mean, var, ("c",)) for mean, var in rows))
-        return {"mean": moments.mean, "var": moments.var}
+    def pool(mean: jax.Array, var: jax.Array) -> dict:
+        state = jn.sync_state(jn.RunningStats(mean, var, jnp.ones((), jnp.int32), ("c",)), DEVICES)
+        return {"mean": state.mean, "var": state.var}
 
-    return {name: pool(of_norm) for name, of_norm in stats.items()}
+    rows = {name: jax.vmap(pool, axis_name=DEVICES)(s["mean"], s["var"]) for name, s in stats.items()}
+    return jax.tree.map(lambda leaf: leaf[0], rows)
 
 
 def compiled(
@@ -150,7 +151,7 @@ def compiled(
     shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), spec)
 
     def start(key: jax.Array) -> State:
-        return jax.device_put(init(model, optimizer, data.x.shape[1:], mesh.size, key), shardings)
+        return processes.put(init(model, optimizer, data.x.shape[1:], mesh.size, key), shardings)
 
     mapped_step = jax.shard_map(
         functools.partial(step, model, optimizer),
@@ -169,27 +170,31 @@ def compiled(
     state = start(jax.random.key(0))
     return Programs(
         init=start,
-        step=jax.jit(mapped_step).lower(state, data.x[:batch_size], data.y[:batch_size]).compile(),
-        evaluate=jax.jit(score).lower(state, *next(held_out_batches(data, mesh.size))).compile(),
+        step=jax.jit(mapped_step).lower(state, *first_batch(data, batch_size, mesh)).compile(),
+        evaluate=jax.jit(score).lower(state, *next(held_out_batches(data, mesh))).compile(),
     )
 
 
-def train_batches(data: Dataset, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The training split once, shuffled, in whole batches: what is left over waits for the next epoch."""
+def first_batch(data: Dataset, batch_size: int, mesh: Mesh) -> tuple[Any, ...]:
+    """x and y of the first training examples."""
+    return processes.rows_of(mesh, np.arange(batch_size), data.x, data.y)
+
+
+def train_batches(data: Dataset, batch_size: int, mesh: Mesh, seed: int, epoch: int) -> Iterator[tuple[Any, ...]]:
+    """The training split once, shuffled, in whole batches x and y: what is left over waits for the next epoch."""
     order = np.random.default_rng((seed, epoch)).permutation(len(data.x))
     for start in range(0, len(order) - batch_size + 1, batch_size):
-        rows = order[start : start + batch_size]
-        yield data.x[rows], data.y[rows]
+        yield processes.rows_of(mesh, order[start : start + batch_size], data.x, data.y)
 
 
-def held_out_batches(data: Dataset, devices: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def held_out_batches(data: Dataset, mesh: Mesh) -> Iterator[tuple[Any, ...]]:
     """The test split once: x, y and a mask that is False where the last batch is filled up with copies."""
-    size = devices * -(-min(len(data.x_test), 1024) // devices)
+    size = mesh.size * -(-min(len(data.x_test), 1024) // mesh.size)
     for start in range(0, len(data.x_test), size):
         rows = np.arange(start, start + size)
         mask = rows < len(data.x_test)
         rows = np.where(mask, rows, 0)
-        yield data.x_test[rows], data.y_test[rows], mask
+        yield *processes.rows_of(mesh, rows, data.x_test, data.y_test), *processes.rows_of(mesh, np.arange(size), mask)
 
 
 def one_epoch(
@@ -197,7 +202,7 @@ def one_epoch(
     state: State,
     data: Dataset,
     mesh: Mesh,
-    batches: Iterator[tuple[np.ndarray, np.ndarray]],
+    batches: Iterator[tuple[Any, ...]],
     tick: Callable[[float, float, float], None],
 ) -> tuple[State, Epoch]:
     """Trains on the batches, then scores the test split. `tick` hears loss, accuracy and examples/s after each step."""
@@ -208,7 +213,7 @@ def one_epoch(
         loss, correct, count, steps = loss + float(seen.loss), correct + int(seen.correct), count + len(y), steps + 1
         seconds = time.perf_counter() - began
         tick(loss / steps, correct / count, count / seconds)
-    parts = [programs.evaluate(state, *batch) for batch in held_out_batches(data, mesh.size)]
+    parts = [programs.evaluate(state, *batch) for batch in held_out_batches(data, mesh)]
     test = Scored(*(sum(map(float, column)) for column in zip(*parts, strict=True)))
     return state, Epoch(
         loss=loss / steps,
@@ -221,10 +226,10 @@ def one_epoch(
     )
 
 
-def look(programs: Programs, state: State, data: Dataset, batch_size: int) -> Look:
-    """Gradients and pre-activations by depth on the first training examples. The step is taken and thrown away."""
-    _, seen = programs.step(state, data.x[:batch_size], data.y[:batch_size])
+def look(programs: Programs, state: State, batch: tuple[Any, ...]) -> Look:
+    """Gradients and pre-activations by depth on one batch. The step is taken and thrown away."""
+    _, seen = programs.step(state, *batch)
     return Look(
         gradient_norms=seen.gradient_norms.tolist(),
-        quantiles=[np.quantile(values, QUANTILES).tolist() for values in seen.pre_activations],
+        quantiles=[np.quantile(processes.gathered(rows), QUANTILES).tolist() for rows in seen.pre_activations],
     )
