@@ -138,7 +138,7 @@ def _count(plan: Plan, x: Array, slots: Slots, weights: Array | None) -> Array:
     if slots.valid is not None:
         w = jnp.where(slots.valid, w, 0)
     repeats = math.prod(x.shape[d] for d in plan.local if w.shape[d] != x.shape[d])
-    return w.sum(plan.local, keepdims=True) * repeats
+    return w.sum(plan.local, keepdims=True) * float(repeats)  # as an int it may pass int32
 
 
 def _dot(c: Array, d: Array) -> Array:
@@ -171,9 +171,9 @@ def _statistics(plan: Plan, x: Array, slots: Slots) -> Stats:
         n = jnp.broadcast_to(n, m2.shape)
     stats = Stats(n, shift, offset, m2)
     if plan.cut is not None:
-        stats = _merge(stats, functools.partial(plan.cut.gather, axis=plan.cut.dim + 1))
+        stats = _merge(plan, stats, slots, functools.partial(plan.cut.gather, axis=plan.cut.dim + 1))
     if plan.mapped.names:
-        stats = _merge(stats, plan.mapped.gather, slots.member)
+        stats = _merge(plan, stats, slots, plan.mapped.gather, slots.member)
     return stats
 
 
@@ -183,14 +183,26 @@ def _kept(stats: Stats) -> Stats:
     return Stats(*(checkpoint_name(s, STATS_NAME) for s in stats))
 
 
-def _merge(stats: Stats, gather: Callable[[Array], Array], member: Array | None = None) -> Stats:
-    """One collective: everything is stacked on a new leading axis, which keeps a sharded channel axis sharded."""
-    rows = [jnp.broadcast_to(s, stats.m2.shape).astype(stats.shift.dtype) for s in stats]
-    n, shift, offset, m2 = jnp.moveaxis(gather(jnp.stack(rows)), 1, 0)
-    n, m2 = jnp.real(n), jnp.real(m2)
+def _merge(
+    plan: Plan, stats: Stats, slots: Slots, gather: Callable[[Array], Array], member: Array | None = None
+) -> Stats:
+    """One collective: what differs is stacked on a new leading axis, which keeps a sharded channel axis sharded.
+
+    What is the same on every device crosses nothing: the count of whole batches, the zeros of a mean that stays.
+    """
+    counted = slots.valid is not None or slots.weights is not None
+    names = ["n"] * counted + ["shift", "offset"] * plan.center + ["m2"]
+    rows = [jnp.broadcast_to(getattr(stats, name), stats.m2.shape).astype(stats.shift.dtype) for name in names]
+    there = dict(zip(names, jnp.moveaxis(gather(jnp.stack(rows)), 1, 0), strict=True))
+    m2 = jnp.real(there["m2"])
+    n = jnp.real(there["n"]) if counted else jnp.zeros_like(m2) + stats.n[None]
     if member is not None:
         n = n * member.reshape((-1,) + (1,) * (n.ndim - 1)).astype(n.dtype)
-    return Stats(*pool(n, shift, offset, m2))
+    none = jnp.zeros_like(there["m2"])
+    merged = Stats(*pool(n, there.get("shift", none), there.get("offset", none), m2))
+    if counted or member is not None:
+        return merged
+    return merged._replace(n=stats.n * float(len(m2)))  # the same everywhere, and typed so
 
 
 def _spread(plan: Plan, x: Array, rows: list[Array]) -> list[Array]:

@@ -27,11 +27,12 @@ class Cut:
 
     def open(self, z: jax.Array) -> jax.Array:
         """Split the dimension; one of size 1 (of a mask, a scale) stays one."""
-        n = z.shape[self.dim]
-        return z.reshape(*z.shape[: self.dim], *((1, 1) if n == 1 else (self.parts, -1)), *z.shape[self.dim + 1 :])
+        n, parts = z.shape[self.dim], 1 if z.shape[self.dim] == 1 else self.parts
+        return z.reshape(*z.shape[: self.dim], parts, n // parts, *z.shape[self.dim + 1 :])
 
     def close(self, z: jax.Array) -> jax.Array:
-        return z.reshape(*z.shape[: self.dim], -1, *z.shape[self.dim + 2 :])
+        parts, rest = z.shape[self.dim : self.dim + 2]
+        return z.reshape(*z.shape[: self.dim], parts * rest, *z.shape[self.dim + 2 :])
 
     def gather(self, z: jax.Array, axis: int) -> jax.Array:
         """What all parts hold, on a new leading axis, whole on every device. `axis` is that of the parts.

@@ -136,6 +136,39 @@ def test_a_large_mean_costs_no_digits_under_jit(kind):
     np.testing.assert_allclose(stats.var, x.astype(np.float64).var(0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_weights_and_their_gradient_in_parts(kind, center):
+    """What the matrix leaves out of a batch that jit has cut: weights, some of them 0, complex x, RMS."""
+    x = (RNG.normal(1, 2, (512, 3)) + 1j * RNG.normal(size=(512, 3))).astype(np.complex64)
+    weights = np.where(np.arange(512) % 5 == 0, 0, RNG.uniform(0.5, 2, 512)).astype(np.float32)[:, None]
+
+    def loss(x, weights, standardize):
+        y, var = standardize(x, weights)
+        return jnp.sum(jnp.cos(jnp.real(y)) * jnp.arange(3.0)[None]) + jnp.sum(var)
+
+    def ours(x, weights):
+        y, stats = jn.standardize(x, "n c", "n", weights=weights, center=center, epsilon=0.1)
+        return y, stats.var
+
+    def plain(x, w):
+        n = w.sum()
+        c = x - center * (w * x).sum(0, keepdims=True) / n
+        var = (w * (c.real**2 + c.imag**2)).sum(0, keepdims=True) / n
+        return c / jnp.sqrt(var + 0.1), var
+
+    mesh = make_mesh(axis_types=(kind,))
+    put = [jax.device_put(z, NamedSharding(mesh, P("devices"))) for z in (x, weights)]
+    got = jax.jit(jax.grad(functools.partial(loss, standardize=ours), (0, 1)))(*put)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        want = jax.grad(functools.partial(loss, standardize=plain), (0, 1))(x.astype(complex), weights.astype(float))
+        want = [np.asarray(z) for z in want]
+    counted = weights[:, 0] != 0  # weight 0 is a masked slot, which has no gradient of its own weight
+    got = [np.asarray(z) for z in got]
+    np.testing.assert_allclose(got[0], want[0], atol=2e-6)
+    np.testing.assert_allclose(got[1][counted], want[1][counted], rtol=1e-5, atol=2e-6)
+
+
 def test_an_optional_axis_is_reduced_where_bound_and_skipped_where_not():
     def mean(x):
         return jn.moments(x, "n c", "n devices?").mean
