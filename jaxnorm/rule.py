@@ -35,7 +35,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxnorm.mapped import Mapped
-from jaxnorm.sharded import Cut
+from jaxnorm.sharded import Cut, keep_sharding
 
 STATS_NAME = "jaxnorm_stats"  # what jax.checkpoint policies call the reduced statistics
 
@@ -183,6 +183,11 @@ def _kept(stats: Stats) -> Stats:
     return Stats(*(checkpoint_name(s, STATS_NAME) for s in stats))
 
 
+def _along(z: Array, rows: Array) -> Array:
+    """`z` of the shape of `rows`, lying as they lie: a mask may be sharded in another way than x."""
+    return keep_sharding(jnp.broadcast_to(z, rows.shape), rows)
+
+
 def _merge(
     plan: Plan, stats: Stats, slots: Slots, gather: Callable[[Array], Array], member: Array | None = None
 ) -> Stats:
@@ -192,7 +197,7 @@ def _merge(
     """
     counted = slots.valid is not None or slots.weights is not None
     names = ["n"] * counted + ["shift", "offset"] * plan.center + ["m2"]
-    rows = [jnp.broadcast_to(getattr(stats, name), stats.m2.shape).astype(stats.shift.dtype) for name in names]
+    rows = [_along(getattr(stats, name), stats.m2).astype(stats.shift.dtype) for name in names]
     there = dict(zip(names, jnp.moveaxis(gather(jnp.stack(rows)), 1, 0), strict=True))
     m2 = jnp.real(there["m2"])
     n = jnp.real(there["n"]) if counted else jnp.zeros_like(m2) + stats.n[None]
@@ -230,7 +235,7 @@ def _statistics_tangent(plan: Plan, x: Array, slots: Slots, stats: Stats, dx: Ar
         dw = dslots.weights
         rows[0] += _sum(c, plan, slots, dw)
         rows[1] += _sum(abs_sq(c), plan, slots, dw) / 2
-        rows.append(jnp.broadcast_to(_count(plan, x, slots, dw), rows[0].shape))
+        rows.append(_along(_count(plan, x, slots, dw), rows[0]))
     sums = jnp.stack([row.astype(c.dtype) for row in rows])
     if plan.cut is not None:
         sums = sums.sum(plan.cut.dim + 1, keepdims=True)

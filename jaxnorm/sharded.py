@@ -71,26 +71,19 @@ def keep_sharding(new: jax.Array, old: jax.Array) -> jax.Array:
 def cut_of(x: jax.Array, dims: tuple[int, ...]) -> Cut | None:
     """How x is cut along the dimensions that are averaged, as far as it can be known when the call is traced.
 
-    Explicit axis types say it, and so does an array outside of jit. Under Auto nobody can know: there the first
-    dimension, where the examples of a batch lie, is taken to be cut between all devices if it is averaged at all,
-    unless the gather would be more work (parts^2 selects for each of 4 numbers) than one more pass over x.
+    Explicit axis types say it, and so does an array outside of jit. Under Auto a program cannot see it: where
+    `jax.set_mesh` names a mesh, the first dimension, where the examples of a batch lie, is taken to be cut between the
+    devices of its Auto axes if it is averaged. Without a mesh nothing is guessed: a wrong number of parts would make
+    the compiler gather x itself.
     """
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
     known = [parts_of(sharding, dim) for dim in range(x.ndim)]
     for dim in dims:
-        if known[dim] > 1 and x.shape[dim] % known[dim] == 0:
+        if known[dim] > 1 and x.shape[dim] and x.shape[dim] % known[dim] == 0:
             return Cut(dim, known[dim])
     if not isinstance(x, Tracer) or max(known, default=1) > 1 or 0 not in dims or len(dims) == x.ndim:
         return None
-    parts = auto_devices()
-    averaged = math.prod(x.shape[dim] for dim in dims)
-    return Cut(0, parts) if parts > 1 and x.shape[0] % parts == 0 and averaged >= 4 * parts**2 else None
-
-
-def auto_devices() -> int:
-    """Between how many devices the compiler may cut a dimension here: those of the Auto axes, if there is a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count()
     kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    return math.prod(size for size, kind in kinds if kind == AxisType.Auto)
+    parts = math.prod(size for size, kind in kinds if kind == AxisType.Auto)
+    return Cut(0, parts) if parts > 1 and x.shape[0] and x.shape[0] % parts == 0 else None

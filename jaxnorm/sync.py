@@ -10,6 +10,7 @@ from jaxnorm import rule
 from jaxnorm.errors import ArgumentError, named
 from jaxnorm.layout import Names
 from jaxnorm.mapped import resolve_axes, varying_over
+from jaxnorm.operands import as_array
 from jaxnorm.running import RunningStats
 
 
@@ -79,20 +80,24 @@ def reduce_gradients(grads: Any, over: Names = "devices", *, mean: bool = False)
     `psum` or `pmean` of them, the habit from pmap, would be wrong by the number of devices. Parameters that differ
     from device to device have gradients that JAX has not summed; so they are here.
 
-    The loss must be the device's own. A `psum` inside of it is differentiated too, which multiplies the gradient by
-    the number of devices everywhere but under check_vma=True.
+    The loss must be the device's own, of its own data. A `psum` inside of it is differentiated too, which multiplies
+    the gradient by the number of devices everywhere but under check_vma=True. And a loss that is the same on every device
+    (of parameters or synced statistics alone) counts once under check_vma=True and once for each device elsewhere: make
+    it vary, `jax.lax.pcast(loss, "devices", to="varying")`, or add it to one that does.
 
     Args:
-        grads: any tree of arrays.
-        over: mapped axes of vmap, pmap or shard_map. `name?` is one that may be absent: under jit over sharded
-            arrays none is bound, and gradients are those of the whole already.
+        grads: any tree of arrays. Gradients of integers (float0) stay as they are.
+        over: mapped axes of vmap, pmap or shard_map along which the parameters are the same. Not one along which they
+            are cut (FSDP): each device has the gradient of another part there. `name?` is one that may be absent: under
+            jit over sharded arrays none is bound, and gradients are those of the whole already.
         mean: divide by the number of devices: the gradient of the mean of their losses.
 
     Returns:
-        The tree, summed over the devices, the same on all of them. All leaves cross in one collective call.
+        The tree, summed over the devices, the same on all of them. Leaves of one dtype cross in one collective.
 
     Raises:
         AxisError: when a name in `over` is no mapped axis.
+        ValueError: (ArgumentError) when a leaf is no array of floating or complex numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxnorm as jn
@@ -109,10 +114,18 @@ def reduce_gradients(grads: Any, over: Names = "devices", *, mean: bool = False)
         torch's DistributedDataParallel, which always averages.
     """
     mapped = resolve_axes(over)
-    leaves, tree = jax.tree.flatten(grads)
+    if not mapped.names:
+        return grads
+    paths, tree = jax.tree.flatten_with_path(grads)
+    leaves = [leaf for _, leaf in paths]
     pending: dict[tuple[str, ...], list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        names = varying_over(leaf, mapped.names)
+    for i, (path, leaf) in enumerate(paths):
+        if getattr(leaf, "dtype", None) == jax.dtypes.float0:  # the gradient of an integer: nothing
+            continue
+        leaves[i] = as_array(leaf, f"grads{jax.tree_util.keystr(path)}")
+        if not jnp.issubdtype(leaves[i].dtype, jnp.inexact):
+            raise ArgumentError(f"grads{jax.tree_util.keystr(path)} has dtype {leaves[i].dtype}: no gradient has.")
+        names = varying_over(leaves[i], mapped.names)
         if names:
             pending.setdefault(names, []).append(i)
     for names, places in pending.items():
@@ -120,5 +133,5 @@ def reduce_gradients(grads: Any, over: Names = "devices", *, mean: bool = False)
         for i, leaf in zip(places, summed, strict=True):
             leaves[i] = leaf
     if mean:
-        leaves = [leaf / jnp.asarray(mapped.size, leaf.dtype) for leaf in leaves]
+        leaves = [g if g.dtype == jax.dtypes.float0 else g / jnp.asarray(mapped.size, g.dtype) for g in leaves]
     return jax.tree.unflatten(tree, leaves)

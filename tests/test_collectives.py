@@ -1,5 +1,6 @@
 """Collectives counted in compiled HLO: what a synced norm sends, forward, and forward and backward."""
 
+import contextlib
 import functools
 import re
 
@@ -12,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
+from jaxnorm.linen import BatchNorm
 from jaxnorm.rule import STATS_NAME
 
 DEVICES, C = 8, 16
@@ -78,11 +80,14 @@ CONTEXTS = {
     "shard_map, two mesh axes": (functools.partial(by_mesh, names="a b"), 1),
     "shard_map, inside scan": (functools.partial(by_mesh, wrap=in_scan), 1),
     "shard_map, inside remat": (functools.partial(by_mesh, wrap=jax.checkpoint), 1),
-    "jit, Auto": (functools.partial(sharded, kind=AxisType.Auto), 1),
+    "jit, Auto, under jax.set_mesh": (functools.partial(sharded, kind=AxisType.Auto), 1),
     "jit, Explicit": (functools.partial(sharded, kind=AxisType.Explicit), 1),
     # one over the axis that has a name, and one over the axis that is left to the compiler
     "shard_map, one axis to the compiler": (functools.partial(by_mesh, names="a", axis_names={"a"}), 2),
 }
+
+
+UNDER = "jit, Auto, under jax.set_mesh"
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -90,7 +95,8 @@ CONTEXTS = {
 def test_one_forward_and_one_more_backward(context, each, masked):
     for program, times in ((forward, 1), (backward, 2)):
         mapped, x, mask = context(program)
-        got = count(mapped, x, mask) if masked else count(lambda x: mapped(x, None), x)  # noqa: B023
+        with jax.set_mesh(mesh_of()) if context is CONTEXTS[UNDER][0] else contextlib.nullcontext():
+            got = count(mapped, x, mask) if masked else count(lambda x: mapped(x, None), x)  # noqa: B023
         assert got == times * each
 
 
@@ -134,7 +140,8 @@ def test_three_layers_send_three_times_as_much(kind, policy):
 
         return jax.grad(loss, (0, 1))(x, scale)
 
-    assert [count(net, x), count(dx, x), count(with_parameters, x, SCALE)] == [3, 6, 6]
+    with jax.set_mesh(mesh_of(kind)):
+        assert [count(net, x), count(dx, x), count(with_parameters, x, SCALE)] == [3, 6, 6]
 
 
 def test_remat_repeats_nothing_in_a_scan_over_layers():
@@ -180,12 +187,29 @@ def test_ghosts_of_a_sharded_batch_send_nothing(kind):
     np.testing.assert_allclose(jax.jit(y)(x), want.reshape(X.shape), rtol=1e-5, atol=2e-6)
 
 
-def test_evaluation_and_initialisation_send_nothing():
-    def evaluate(x):
-        return jn.normalize(x, jn.running_stats(c=C), "n c")
+@pytest.mark.parametrize("rows", [24, 960])
+def test_auto_axes_without_a_mesh_leave_it_to_the_compiler(rows):
+    """Three sums that wait for one another, of channels and never of x: nothing is guessed. On six of eight devices."""
+    mesh = jax.make_mesh((6,), ("devices",), axis_types=(AxisType.Auto,), devices=jax.devices()[:6])
+    x = jax.device_put(np.ones((rows, C), np.float32), NamedSharding(mesh, P("devices")))
+    text = jax.jit(lambda x: layer("n", x, None)).lower(x).compile().as_text()
+    assert COLLECTIVE.findall(text) == ["all-reduce"] * 3
+    with jax.set_mesh(mesh):
+        assert count(lambda x: layer("n", x, None), x) == 1
 
-    mapped = jax.shard_map(evaluate, mesh=mesh_of(), in_specs=P("devices"), out_specs=P("devices"))
-    assert count(mapped, X) == 0
+
+def test_evaluation_and_initialisation_send_nothing():
+    module = BatchNorm(over="... devices")
+
+    def initialise(x):
+        return jax.tree.leaves(module.init(jax.random.key(0), x, use_running_average=False))
+
+    def evaluate(x):
+        return module.apply(module.init(jax.random.key(0), x, use_running_average=True), x, use_running_average=True)
+
+    programs = (initialise, P()), (evaluate, P("devices"))
+    for program, out in programs:
+        assert count(jax.shard_map(program, mesh=mesh_of(), in_specs=P("devices"), out_specs=out), X) == 0
 
 
 def test_gradients_of_many_parameters_cross_together():

@@ -131,8 +131,9 @@ def test_a_large_mean_costs_no_digits_across_devices(mapping, mean, tolerance):
 def test_a_large_mean_costs_no_digits_under_jit(kind):
     """The parts of a sharded batch are merged like devices: see sharded.py."""
     x = RNG.normal(1e4, 1, (DEVICES * 64, 3)).astype(np.float32)
-    lies = jax.device_put(x, NamedSharding(make_mesh(axis_types=(kind,)), P("devices")))
-    stats = jax.jit(lambda x: jn.moments(x, "n c", "n"))(lies)
+    mesh = make_mesh(axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        stats = jax.jit(lambda x: jn.moments(x, "n c", "n"))(jax.device_put(x, NamedSharding(mesh, P("devices"))))
     np.testing.assert_allclose(stats.var, x.astype(np.float64).var(0), rtol=1e-6)
 
 
@@ -159,7 +160,8 @@ def test_weights_and_their_gradient_in_parts(kind, center):
 
     mesh = make_mesh(axis_types=(kind,))
     put = [jax.device_put(z, NamedSharding(mesh, P("devices"))) for z in (x, weights)]
-    got = jax.jit(jax.grad(functools.partial(loss, standardize=ours), (0, 1)))(*put)
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.grad(functools.partial(loss, standardize=ours), (0, 1)))(*put)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         want = jax.grad(functools.partial(loss, standardize=plain), (0, 1))(x.astype(complex), weights.astype(float))
         want = [np.asarray(z) for z in want]
@@ -167,6 +169,36 @@ def test_weights_and_their_gradient_in_parts(kind, center):
     got = [np.asarray(z) for z in got]
     np.testing.assert_allclose(got[0], want[0], atol=2e-6)
     np.testing.assert_allclose(got[1][counted], want[1][counted], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("lies", [P(), P("a"), P("a", "b")], ids=str)
+@pytest.mark.parametrize("what", ["mask", "weights"])
+def test_a_mask_may_lie_in_another_way_than_x(what, lies):
+    """Explicit axis types: x cut along both dimensions, mask or weights (n, 1) or (n, c), replicated or not."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    x = RNG.normal(1, 2, (16, 4)).astype(np.float32)
+    slots = (RNG.random((16, 4 if len(lies) == 2 else 1)) < 0.7).astype(np.float32)
+    put = [jax.device_put(z, NamedSharding(mesh, spec)) for z, spec in ((x, P("a", "b")), (slots, lies))]
+
+    def loss(x, slots):
+        slots = slots > 0 if what == "mask" else slots
+        y, stats = jn.standardize(x, "n c", "n", epsilon=0.1, **{what: slots})
+        return jnp.sum(jnp.sin(y)) + jnp.sum(stats.count)
+
+    got = np.asarray(jax.jit(jax.grad(loss))(*put))
+    m = np.broadcast_to(slots, x.shape).astype(float)
+    c = x - (m * x).sum(0) / m.sum(0)
+    r = 1 / np.sqrt((m * c**2).sum(0) / m.sum(0) + 0.1)
+    g = np.cos(c * r)
+    np.testing.assert_allclose(got, r * (g - m * (g.sum(0) + c * r * (g * c * r).sum(0)) / m.sum(0)), atol=3e-6)
+
+
+def test_an_empty_batch_that_lies_on_devices():
+    mesh = make_mesh(axis_types=(AxisType.Explicit,))
+    x = jax.device_put(np.zeros((0, 3), np.float32), NamedSharding(mesh, P("devices")))
+    y, running = jax.jit(lambda x: jn.batch_norm(x, jn.running_stats(c=3), "n c", "n"))(x)
+    assert y.shape == (0, 3)
+    np.testing.assert_array_equal(running.var, np.ones(3))
 
 
 def test_an_optional_axis_is_reduced_where_bound_and_skipped_where_not():

@@ -225,6 +225,37 @@ def test_parameters_that_differ_between_devices_are_summed_under_check_vma_too()
         np.testing.assert_allclose(grads[name], want, atol=5e-5)
 
 
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("mapping", MAPPINGS.values(), ids=MAPPINGS)
+def test_a_loss_that_is_the_same_everywhere_has_to_vary(mapping, mean):
+    """Weight decay by itself: cast to varying it is one loss for each device in every context (see the docstring)."""
+
+    def local(x):
+        def decay(w):
+            loss = jnp.sum(w**2) / 2
+            manual = jax.sharding.get_abstract_mesh().manual_axes
+            return lax.pcast(loss, "devices", to="varying") if manual else loss
+
+        return jn.reduce_gradients(jax.grad(decay)(jnp.asarray(PARAMS["w"])), mean=mean)
+
+    want = PARAMS["w"] * (1 if mean else DEVICES)
+    np.testing.assert_allclose(mapping(local)(X), np.broadcast_to(want, (DEVICES, C)), rtol=1e-6)
+
+
+def test_leaves_that_are_no_gradients():
+    def local(x):
+        grads = jax.grad(lambda w, k: jnp.sum(w * x) + k.astype(jnp.float32), (0, 1), allow_int=True)(1.0, np.int32(2))
+        (w, k), scalars = jn.reduce_gradients(grads, mean=True), jn.reduce_gradients({"a": 1.0, "none": None})
+        assert k.dtype == jax.dtypes.float0
+        return w, scalars["a"]
+
+    w, a = vmap(local)(X)
+    np.testing.assert_allclose(w[0], X.astype(np.float64).sum() / DEVICES, rtol=1e-6)
+    np.testing.assert_array_equal(a, np.full(DEVICES, 8.0))
+    with pytest.raises(ValueError, match=r"reduce_gradients: grads\['step'\] has dtype int32"):
+        vmap(lambda x: jn.reduce_gradients({"step": jnp.asarray(3)}))(X)
+
+
 def test_under_jit_there_is_nothing_left_to_do():
     whole = jax.device_put(X.reshape(-1, C), NamedSharding(MESH, P("devices")))
     grads = jax.jit(lambda x: jn.reduce_gradients(jax.grad(local_loss)(PARAMS, x), "devices?"))(whole)
