@@ -81,9 +81,9 @@ def reduce_gradients(grads: Any, over: Names = "devices", *, mean: bool = False)
     from device to device have gradients that JAX has not summed; so they are here.
 
     The loss must be the device's own, of its own data. A `psum` inside of it is differentiated too, which multiplies
-    the gradient by the number of devices everywhere but under check_vma=True. And a loss that is the same on every device
-    (of parameters or synced statistics alone) counts once under check_vma=True and once for each device elsewhere: make
-    it vary, `jax.lax.pcast(loss, "devices", to="varying")`, or add it to one that does.
+    the gradient by the number of devices everywhere but under check_vma=True. And a loss that is the same on every
+    device (of parameters or synced statistics alone) counts once under check_vma=True and once for each device
+    elsewhere: make it vary, `jax.lax.pcast(loss, "devices", to="varying")`, or add it to one that does.
 
     Args:
         grads: any tree of arrays. Gradients of integers (float0) stay as they are.
