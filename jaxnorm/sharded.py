@@ -64,8 +64,11 @@ def parts_of(sharding: Any, dim: int) -> int:
 
 def keep_sharding(new: jax.Array, old: jax.Array) -> jax.Array:
     """`new` as `old` lies, where Explicit axis types make that part of the type: a carry of scan keeps its type."""
-    now, wanted = jax.typeof(new).sharding, jax.typeof(old).sharding.spec
-    return new if now.spec == wanted else jax.reshard(new, NamedSharding(now.mesh, wanted))
+    now, wanted = jax.typeof(new).sharding, jax.typeof(old).sharding
+    if now.spec == wanted.spec:
+        return new
+    mesh = now.mesh if wanted.mesh.empty else wanted.mesh  # a constant has none
+    return jax.reshard(new, NamedSharding(mesh, wanted.spec))
 
 
 def cut_of(x: jax.Array, dims: tuple[int, ...]) -> Cut | None:
