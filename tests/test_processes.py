@@ -16,7 +16,7 @@ from jaxnorm.lab import compare, processes
 from jaxnorm.lab.options import BadOption, Options
 
 LIMIT = 200  # seconds until a test gives up; a quiet machine needs a tenth
-SMALL = ["--norms", "batch,layer", "--depth", "2", "--seeds", "1", "--devices", "4", "--batch-size", "64"]
+SMALL = ["--norms", "batch", "--depth", "2", "--seeds", "1", "--devices", "4", "--batch-size", "64"]
 MARK = "an-epoch-is-kept"
 CACHE = Path(__file__).parents[1] / ".jax_cache"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if "slurm" not in name.lower()} | {
@@ -108,7 +108,7 @@ def test_two_processes_of_two_devices_are_one_of_four(start, port, tmp_path):
     assert (two["config"]["num_processes"], one["config"]["num_processes"]) == (2, 1)
     assert (two["config"]["devices"], two["interrupted"]) == (4, False)
     assert two["data"] == one["data"]
-    assert [len(run["curve"]) for run in two["runs"]] == [2, 2]
+    assert [len(run["curve"]) for run in two["runs"]] == [2]
     for ours, theirs in zip(two["runs"], one["runs"], strict=True):
         for point, expected in zip(ours["curve"], theirs["curve"], strict=True):
             for name in ("loss", "accuracy", "test_loss", "test_accuracy", "test_count"):
