@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo bench test lint clean
 
 help:  ## these lines
 	@sed -n 's/^\([a-z]*\):[^#]*## /make \1	/p' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/lab.stamp  ## set up, then train one net per norm on eight devices: jaxnorm compare
 	$(BIN)/jaxnorm compare
+
+bench: $(VENV)/bench.stamp  ## set up, then time every norm beside those of other frameworks: jaxnorm bench
+	$(BIN)/jaxnorm bench --out benchmarks/results
 
 test: lint  ## set up, then lint, types and every test
 	$(BIN)/python -m pytest -n 2

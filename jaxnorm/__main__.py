@@ -7,6 +7,8 @@ from typing import NoReturn
 
 from jaxnorm import __version__
 from jaxnorm.lab import compare, options
+from jaxnorm.lab.bench import command as bench
+from jaxnorm.lab.bench import options as bench_options
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,14 +22,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="jaxnorm", description="Normalization over named axes, for JAX and Flax.")
     parser.add_argument("--version", action="version", version=f"jaxnorm {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
-    command = commands.add_parser("compare", **options.DESCRIPTION)
-    options.add_to(command)
+    parsers: dict[str, Parser] = {}
+    for name, of in {"compare": options, "bench": bench_options}.items():
+        parsers[name] = commands.add_parser(name, **of.DESCRIPTION)
+        of.add_to(parsers[name])
     args = vars(parser.parse_args(argv))
-    del args["command"]
+    command = args.pop("command")
+    chosen = parsers[command]
     try:
-        return compare.run(options.Options(**args))
+        if command == "compare":
+            return compare.run(options.Options(**args))
+        if argv is None:  # called from Python, this process is not ours to start again
+            bench.restart()
+        return bench.run(bench_options.Options(**args))
     except options.BadOption as error:
-        command.error(str(error))
+        chosen.error(str(error))
     except KeyboardInterrupt:
         return 130
 

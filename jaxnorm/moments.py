@@ -13,6 +13,7 @@ from jaxnorm.errors import ArgumentError, LayoutError, named
 from jaxnorm.layout import ELLIPSIS, Names, kept, meet, parse_list
 from jaxnorm.mapped import Groups
 from jaxnorm.operands import operands
+from jaxnorm.stats import Stats, pool, ratio
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["count", "mean", "m2"], meta_fields=["axes"])
@@ -40,12 +41,12 @@ class Moments:
     @property
     def var(self) -> jax.Array:
         """m2 / count, the variance of the elements as they are; 0 where nothing was counted."""
-        return rule.ratio(self.m2, self.count)
+        return ratio(self.m2, self.count)
 
     @property
     def var_unbiased(self) -> jax.Array:
         """m2 / (count - 1), Bessel's estimate of the variance they were drawn from; 0 up to a count of 1."""
-        return rule.ratio(self.m2, self.count - 1)
+        return ratio(self.m2, self.count - 1)
 
     @property
     def std(self) -> jax.Array:
@@ -108,7 +109,7 @@ def moments(
     return from_stats(rule.statistics(op.plan, op.x, op.slots), op.plan.dims, kept(layout, over))
 
 
-def from_stats(stats: rule.Stats, dims: tuple[int, ...], axes: tuple[str, ...]) -> Moments:
+def from_stats(stats: Stats, dims: tuple[int, ...], axes: tuple[str, ...]) -> Moments:
     """The rule's statistics without the dimensions that were averaged."""
     mean = stats.shift + stats.offset
     count = jnp.broadcast_to(stats.n, mean.shape)
@@ -202,7 +203,7 @@ def merge(*moments: Moments) -> Moments:
     count = jnp.stack([jnp.broadcast_to(m.count, m.mean.shape).astype(real_dtype) for m in same])
     mean = jnp.stack([m.mean.astype(mean_dtype) for m in same])
     m2 = jnp.stack([m.m2.astype(real_dtype) for m in same])
-    n, shift, offset, m2 = rule.pool(count, mean, jnp.zeros_like(mean), m2)
+    n, shift, offset, m2 = pool(count, mean, jnp.zeros_like(mean), m2)
     return Moments(n, shift + offset, m2, head.axes)
 
 
@@ -231,5 +232,5 @@ def merge_along(m: Moments, names: tuple[str, ...]) -> Moments:
         return z.reshape((-1, *z.shape[len(gone) :]))
 
     mean = front(m.mean)
-    n, shift, offset, m2 = rule.pool(front(m.count), mean, jnp.zeros_like(mean), front(m.m2))
+    n, shift, offset, m2 = pool(front(m.count), mean, jnp.zeros_like(mean), front(m.m2))
     return Moments(n, shift + offset, m2, tuple(name for name in m.axes if name not in names))

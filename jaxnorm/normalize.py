@@ -11,6 +11,7 @@ from jaxnorm.mapped import Groups
 from jaxnorm.moments import Moments, from_stats
 from jaxnorm.operands import check_epsilon, feature_array, operands
 from jaxnorm.running import RunningStats
+from jaxnorm.stats import Stats, real_of, wide
 
 
 @named
@@ -77,17 +78,16 @@ def normalize(
         raise ArgumentError(f"stats must be Moments or RunningStats, got {type(stats).__name__}.")
     op = operands(x, layout, None, sizes=sizes, dtype=dtype)
     x_dtype = op.x.dtype
-    wide = rule.wide(x_dtype)
-    real = rule.real_of(wide)
-    if jnp.iscomplexobj(stats.mean) and wide == real:
+    real = real_of(wide(x_dtype))
+    if jnp.iscomplexobj(stats.mean) and wide(x_dtype) == real:
         raise ArgumentError(f"the statistics are complex ({stats.mean.dtype}), x is not ({x_dtype}). Make x complex.")
-    mean, var = jnp.asarray(stats.mean, wide), jnp.asarray(stats.var, real)
+    mean, var = jnp.asarray(stats.mean, wide(x_dtype)), jnp.asarray(stats.var, real)
     axes = meet(stats.axes, mean.shape, what="stats").names
     mean, var = (place(z, axes, op.frame, "stats") for z in (mean, var))
     if features is None:
         features = stats.axes if isinstance(stats, RunningStats) else last(layout)
-    shift = jnp.zeros_like(mean)  # the mean is all offset: that is the part which is differentiated
-    placed = rule.Stats(jnp.ones_like(var), shift, mean, var)
+    shift = jax.lax.stop_gradient(mean)  # the rest is 0, and that is the part which is differentiated
+    placed = Stats(jnp.ones_like(var), shift, mean - shift, var)
     affine = _affine(
         var + check_epsilon(epsilon, x_dtype),
         scale,

@@ -20,8 +20,8 @@ from jaxnorm.layout import Names, after_first, averaged, kept, last, meet, split
 from jaxnorm.mapped import Groups
 from jaxnorm.normalize import standardize
 from jaxnorm.operands import inexact
-from jaxnorm.rule import wide
 from jaxnorm.running import RunningStats, update
+from jaxnorm.stats import wide
 
 
 @named

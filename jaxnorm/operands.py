@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxnorm import rule
 from jaxnorm.errors import ArgumentError, LayoutError
 from jaxnorm.layout import Frame, Names, meet, place_features
-from jaxnorm.mapped import Groups, resolve_over
+from jaxnorm.mapped import Groups, Mapped, resolve_over
 from jaxnorm.sharded import cut_of
+from jaxnorm.stats import Plan, Slots, real_of, wide
 
 
 @dataclasses.dataclass(frozen=True)
 class Operands:
     frame: Frame
-    plan: rule.Plan
+    plan: Plan
     x: jax.Array
-    slots: rule.Slots
+    slots: Slots
 
 
 def operands(
@@ -40,11 +40,11 @@ def operands(
     """Read a call: names become positions here, and nothing below this line knows a name."""
     x = inexact(x, "x")
     frame = meet(layout, x.shape, sizes, over)
-    dims, mapped = ((), rule.Mapped()) if over is None else resolve_over(over, frame, groups)
+    dims, mapped = ((), Mapped()) if over is None else resolve_over(over, frame, groups)
     valid, weights = _slots(mask, weights, frame)
     x = frame.split(x)
-    plan = rule.Plan(dims, mapped, center, jnp.dtype(x.dtype if dtype is None else dtype).name, cut_of(x, dims))
-    return Operands(frame, plan, x, rule.Slots(valid, weights, mapped.member(groups)))
+    plan = Plan(dims, mapped, center, jnp.dtype(x.dtype if dtype is None else dtype).name, cut_of(x, dims))
+    return Operands(frame, plan, x, Slots(valid, weights, mapped.member(groups)))
 
 
 def as_array(x, what: str) -> jax.Array:
@@ -103,7 +103,7 @@ def feature_array(array, features: Names, frame: Frame, what: str, x_dtype) -> j
     array = jnp.asarray(array)
     if jnp.iscomplexobj(array) and not jnp.issubdtype(x_dtype, jnp.complexfloating):
         raise LayoutError(f"{what} has dtype {array.dtype}, x has {x_dtype}: make x complex.\n{frame.given}")
-    return place_features(array.astype(rule.wide(x_dtype)), features, frame, what)
+    return place_features(array.astype(wide(x_dtype)), features, frame, what)
 
 
 def check_epsilon(epsilon: Any, x_dtype) -> jax.Array:
@@ -113,4 +113,4 @@ def check_epsilon(epsilon: Any, x_dtype) -> jax.Array:
             raise ArgumentError(f"epsilon must not be negative, got {epsilon!r}.")
     elif not isinstance(epsilon, jax.Array | np.ndarray) or epsilon.shape:
         raise ArgumentError(f"epsilon must be a number, got {epsilon!r}.")
-    return jnp.asarray(epsilon, rule.real_of(rule.wide(x_dtype)))
+    return jnp.asarray(epsilon, real_of(wide(x_dtype)))

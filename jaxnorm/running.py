@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxnorm.errors import ArgumentError, LayoutError, named
@@ -123,13 +124,23 @@ def update(
         cumulative average too, and which stores the unbiased variance; Flax has neither debias nor None.
     """
     _check(running, moments, momentum, debias)
+    traced = any(isinstance(z, Tracer) for z in jax.tree.leaves((running, moments)))
+    run = _updated_once if traced else _updated  # operation by operation outside of jit, for the bits of Flax
+    if isinstance(momentum, Real) or momentum is None:  # a number goes into the program as it is: Flax's to the bit
+        return run(running, moments, None, None if momentum is None else float(momentum), debias, unbiased)
+    return run(running, moments, momentum, None, debias, unbiased)
+
+
+def _updated(
+    running: RunningStats, moments: Moments, traced: Any, number: float | None, debias: bool, unbiased: bool
+) -> RunningStats:
     mean, var, num_updates = (jnp.asarray(z) for z in (running.mean, running.var, running.num_updates))
     merged = transpose_to(merge_along(moments, tuple(n for n in moments.axes if n not in running.axes)), running.axes)
     if merged.mean.shape != mean.shape:
         raise LayoutError(f"moments along {merged.axes} have shape {merged.mean.shape}, the running ones {mean.shape}.")
     merged = jax.tree.map(jax.lax.stop_gradient, merged)
-    momentum = float(momentum) if isinstance(momentum, Real) else momentum
-    old, new = _factors(num_updates.astype(np.promote_types(var.dtype, np.float32)), momentum, debias)
+    t = num_updates.astype(np.promote_types(var.dtype, np.float32))
+    old, new = _factors(t, number if traced is None else traced, debias)
     some = merged.count > 0
 
     def average(kept: jax.Array, batch: jax.Array) -> jax.Array:
@@ -142,6 +153,9 @@ def update(
     new_var = average(var, merged.var_unbiased if unbiased else merged.var)
     counted = num_updates + jnp.any(some).astype(num_updates.dtype)
     return RunningStats(average(mean, merged.mean), new_var, keep_sharding(counted, num_updates), running.axes)
+
+
+_updated_once = jax.jit(_updated, static_argnums=(3, 4, 5), inline=True)  # traced once for many layers of one shape
 
 
 def _factors(t: jax.Array, momentum: Any, debias: bool):

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm import rule
 from jaxnorm.errors import ArgumentError, named
 from jaxnorm.layout import Names
 from jaxnorm.mapped import resolve_axes, varying_over
 from jaxnorm.operands import as_array
 from jaxnorm.running import RunningStats
+from jaxnorm.stats import pool, ratio
 
 
 @named
@@ -62,8 +62,8 @@ def sync_state(running: RunningStats, over: Names = "devices") -> RunningStats:
     t, means, variances = jnp.moveaxis(mapped.gather(jnp.stack(rows)), 1, 0)
     t, variances = jnp.real(t), jnp.real(variances)
     t = jnp.where(t.sum(0, keepdims=True) > 0, t, 1)  # before any update all are alike: mean 0 and var 1 stay
-    total, shift, offset, m2 = rule.pool(t, means, jnp.zeros_like(means), t * variances)
-    pooled_mean, pooled_var = (shift + offset).astype(mean.dtype), rule.ratio(m2, total).astype(var.dtype)
+    total, shift, offset, m2 = pool(t, means, jnp.zeros_like(means), t * variances)
+    pooled_mean, pooled_var = (shift + offset).astype(mean.dtype), ratio(m2, total).astype(var.dtype)
     most = mapped.gather(updates).max(0)
     return RunningStats(pooled_mean, pooled_var, most, running.axes)
 

@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 
 import jax
+import pytest
+
+from jaxnorm import cpu
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
@@ -21,3 +24,15 @@ def pytest_configure(config):
     # JAX writes the cache without a lock: a worker may meet an entry that another one is still writing. It then
     # compiles for itself and says so, which says nothing about the code under test.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
+
+
+@pytest.fixture(params=["large", "small", "elsewhere"])
+def form(request, monkeypatch):
+    """The form of the arithmetic (jaxnorm/cpu.py) that large and small arrays get on one CPU, and other platforms."""
+    monkeypatch.setattr(cpu, "alone", lambda: True)
+    monkeypatch.setattr(cpu, "SMALL", 2**40 if request.param == "small" else 0)
+    if request.param == "elsewhere":
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()

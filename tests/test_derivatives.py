@@ -13,6 +13,7 @@ import pytest
 from jax import lax
 
 import jaxnorm as jn
+from jaxnorm import cpu
 
 K = jax.random.key(0)
 N, T, C = 3, 4, 6
@@ -119,9 +120,8 @@ MODES = [
 FEW = ["value", "jvp", "vjp", "hessian, forward of reverse", "vmap of grad"]  # the others compile for seconds each
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_every_mode_and_order(row):
-    modes = MODES if row in ("batch masked", "layer") else FEW
+def compare(row, modes):
+    """The rule against plain autodiff in float64."""
     with jax.enable_x64(True):
         args = tuple(jnp.asarray(np.asarray(a), jnp.float64) for a in (x, s, b, w, tx))
         assert list(checks(ROWS[row][0], args)) == MODES
@@ -133,6 +133,18 @@ def test_every_mode_and_order(row):
         for mode in modes:
             for a, c in zip(jax.tree.leaves(got[mode]), jax.tree.leaves(want[mode]), strict=True):
                 np.testing.assert_allclose(a, c, rtol=1e-9, atol=1e-9 * max(1, np.abs(c).max()), err_msg=mode)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_mode_and_order(row):
+    compare(row, MODES if row in ("batch masked", "layer") else FEW)
+
+
+@pytest.mark.parametrize("form", ["large"], indirect=True)
+@pytest.mark.parametrize("row", ROWS)
+def test_the_form_of_large_arrays(row, form):
+    """What they get on CPU (jaxnorm/cpu.py); the arrays above are small, and get what other platforms do."""
+    compare(row, FEW)
 
 
 def test_gradient_of_the_weights():
@@ -205,3 +217,34 @@ def test_only_x_is_kept_under_scan():
         return lax.scan(lambda c, s: (jn.layer_norm(c, scale=s), None), x, scale)[0]
 
     assert kept_bytes(f, big, jnp.ones((4, 512))) <= 1.1 * 4 * big.size * 2
+
+
+def temporaries(norm, dtype):
+    """Bytes of temporaries of a compiled gradient: eight times Dense 1024 -> norm -> relu, of 4096 rows."""
+
+    def loss(kernels, x):
+        for kernel in kernels:
+            x = jax.nn.relu(norm(x @ kernel, jnp.ones(1024), jnp.zeros(1024)))
+        return jnp.sum(x.astype(jnp.float32) ** 2)
+
+    shapes = [jax.ShapeDtypeStruct((1024, 1024), dtype)] * 8, jax.ShapeDtypeStruct((4096, 1024), dtype)
+    return jax.jit(jax.grad(loss)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_memory_of_a_deep_net(dtype, monkeypatch):
+    """In float32 at most a tenth above the net without norms. In bfloat16 that net keeps one array a layer, as relu
+    needs nothing else, and any function that needs its input keeps a second: there an elementwise one is the measure.
+    """
+    monkeypatch.setattr(cpu, "alone", lambda: True)
+    without = {jnp.float32: lambda x, *_: x, jnp.bfloat16: lambda x, *_: lax.erf(x)}[dtype]
+    running = jn.running_stats(c=1024)
+
+    def layer(x, scale, bias):
+        return jn.layer_norm(x, scale=scale, bias=bias)
+
+    def batch(x, scale, bias):
+        return jn.batch_norm(x, running, scale=scale, bias=bias)[0]
+
+    for norm in (layer, batch):
+        assert temporaries(norm, dtype) <= (1.1 if dtype == jnp.float32 else 1.05) * temporaries(without, dtype)

@@ -1,0 +1,1 @@
+"""`jaxnorm bench`: options -> peers -> timing, tiny and resnet -> report and plots. Extra `lab`."""

@@ -1,0 +1,90 @@
+"""What `jaxnorm bench` can be asked. Nothing heavy is imported here: a bad value is answered at once."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxnorm.lab.options import one_of, positive, whole
+
+NORMS = ("batch", "layer", "rms", "instance", "group")
+DTYPES = ("float32", "bfloat16")
+PEERS = ("flax.linen", "flax.nnx", "haiku", "equinox", "keras", "torch")
+PARTS = ("norms", "tiny", "compile")
+
+DESCRIPTION: dict[str, Any] = {
+    "help": "time every norm against those of flax, haiku, equinox, keras and torch, and against the limit",
+    "description": """\
+Time each norm forward, and forward with its backward pass, beside the same norm of the other frameworks that are
+installed: in turn in one process, minimum and median after warming up. The limit is memory traffic: the bytes that a
+norm cannot but read and write, at the bandwidth of a copy measured in the same rounds. 1 is as fast as it can be, 2
+takes twice as long. Then the calls on tiny inputs, where the arithmetic is nothing, and what it takes to trace and
+compile a 50-layer ResNet with batch norm, ours and flax.linen's.""",
+    "epilog": """\
+examples:
+  jaxnorm bench
+      all of it, some twelve minutes on two cores
+  jaxnorm bench --norms layer,rms --dtypes bfloat16 --peers torch --parts norms
+      two norms against torch alone
+  jaxnorm bench --mb 64 --runs 30
+      larger arrays, and a steadier minimum
+  jaxnorm bench --peers "" --parts compile
+      the ResNet only
+
+pip install "jaxnorm[bench]" has all frameworks but torch, whose builds for GPUs are gigabytes: install the one you
+mean. On Linux it starts itself once more, with an allocator that keeps its memory, for every framework alike: fresh
+large arrays cost page faults that swamp the norms. Leave the machine alone meanwhile.
+
+It leaves DATE-CHIP.json and DATE-CHIP.png in --out, where CHIP is cpu or the accelerator. Ctrl-C writes what there
+is.""",
+    "formatter_class": argparse.RawDescriptionHelpFormatter,
+    "allow_abbrev": False,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The checked options of `jaxnorm bench`, named as on the command line."""
+
+    norms: tuple[str, ...] = NORMS
+    dtypes: tuple[str, ...] = DTYPES
+    peers: tuple[str, ...] = PEERS
+    parts: tuple[str, ...] = PARTS
+    mb: float | None = None
+    runs: int = 12
+    out: Path | None = None
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """The options of Options, with its defaults."""
+
+    def add(flag: str, help: str, **kwargs: Any) -> None:
+        parser.add_argument(flag, default=getattr(Options, flag[2:]), help=help, **kwargs)
+
+    add("--norms", f"which, of {','.join(NORMS)} (default: all)", type=some_of(NORMS), metavar="A,B,...")
+    add("--dtypes", "of x and y; scale and bias are float32 (default: both)", type=some_of(DTYPES), metavar="A,B")
+    add(
+        "--peers",
+        f"against whom, of {','.join(PEERS)} (default: all that are installed)",
+        type=some_of(PEERS, none=True),
+        metavar="A,B,...",
+    )
+    add("--parts", "what, of norms,tiny,compile (default: all)", type=some_of(PARTS), metavar="A,B,...")
+    add("--mb", "megabytes of x in float32 (default: 16, on GPU and TPU 256)", type=positive, metavar="X")
+    add("--runs", "how often each is timed (default: 12)", type=whole, metavar="N")
+    add("--out", "the folder to write to (default: runs/bench-TIME)", type=Path, metavar="DIR")
+
+
+def some_of(allowed: tuple[str, ...], none: bool = False) -> Callable[[str], tuple[str, ...]]:
+    """Names with commas between them, each once; with `none` an empty text is no name at all."""
+
+    def check(text: str) -> tuple[str, ...]:
+        if none and not text:
+            return ()
+        names = tuple(one_of(allowed)(name.strip()) for name in text.split(","))
+        if len(set(names)) < len(names):
+            raise argparse.ArgumentTypeError(f"names one twice: {text!r}")
+        return names
+
+    return check

@@ -1,0 +1,111 @@
+"""Errors at the level of float32 itself, however large the mean is: statistics, y and gradients against float64.
+
+The arrays are large enough for the forms that large arrays get on CPU, and every test runs in each form.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxnorm as jn
+
+# layout, over, shape, the axes averaged in NumPy
+NORMS = {
+    "batch": ("n c", "n", (4096, 16), (0,)),
+    "layer": ("n c", "c", (128, 512), (1,)),
+    "instance": ("n h w c", "h w", (2, 64, 64, 8), (1, 2)),
+    "group": ("n h w (g k)", "h w k", (2, 64, 64, 8), (1, 2, 4)),
+}
+every_norm = pytest.mark.parametrize("name", NORMS)
+means = pytest.mark.parametrize("mean", [0, 0.5, 0.99, 3, 1e2, 1e4, 1e6])
+
+
+def sample(name, mean, dtype=np.float32):
+    x = np.random.default_rng(0).normal(mean, 1, NORMS[name][2])
+    return np.asarray(jnp.asarray(x, dtype))
+
+
+def ours(name, x, **options):
+    layout, over, *_ = NORMS[name]
+    sizes = {"g": 2} if name == "group" else None
+    return jn.standardize(x, layout, over, epsilon=0.0, sizes=sizes, **options)
+
+
+def parts(name, x):
+    """x in float64, with the groups of channels as a dimension."""
+    x = np.asarray(x, np.float64)
+    return x.reshape(*x.shape[:-1], 2, -1) if name == "group" else x
+
+
+def exact(name, x):
+    """y and the variance in float64."""
+    z, axes = parts(name, x), NORMS[name][3]
+    var = z.var(axes, keepdims=True)
+    return ((z - z.mean(axes, keepdims=True)) / np.sqrt(var)).reshape(x.shape), np.squeeze(var, axes)
+
+
+@means
+@every_norm
+def test_variance_and_y(name, mean, form):
+    """y to 4 units in the last place of max(1, |y|): its scale is the standard deviation."""
+    x = sample(name, mean)
+    y, stats = jax.jit(lambda x: ours(name, x))(x)
+    want, var = exact(name, x)
+    assert abs(np.float64(stats.var) / var - 1).max() <= (1e-6 if mean <= 1e4 else 1e-5)
+    unit = np.spacing(np.maximum(1, abs(want)).astype(np.float32))
+    assert (abs(np.float64(y) - want) / unit).max() <= 4
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@every_norm
+def test_sixteen_bits(name, dtype, form):
+    """What is rounded is the input and y, and nothing between: y is float64's, rounded, but for ties."""
+    for mean in (0, 30, 1000):
+        x = sample(name, mean, dtype)
+        y, stats = jax.jit(lambda x: ours(name, x))(x)
+        want, var = exact(name, x)
+        assert abs(np.float64(stats.var) / var - 1).max() <= 1e-6
+        unit = np.abs(want) * float(jnp.finfo(dtype).eps) + 1e-6
+        assert (abs(np.float64(y) - want) <= 0.51 * unit).all()
+
+
+@pytest.mark.parametrize("mean", [0.5, 1e4, 1e6])
+@every_norm
+def test_gradients(name, mean, form):
+    """Of float32 x by x, scale and bias, against plain autodiff in float64."""
+    x, axes = sample(name, mean), NORMS[name][3]
+    rng = np.random.default_rng(1)
+    w, scale = rng.normal(size=x.shape).astype(np.float32), rng.uniform(0.5, 1.5, x.shape[-1]).astype(np.float32)
+
+    def plain(x, scale, bias, w):
+        scale, bias = (z.reshape((1,) * (x.ndim - 1) + (-1,)) for z in (scale, bias))
+        z = x.reshape(*x.shape[:-1], 2, -1) if name == "group" else x
+        c = z - z.mean(axes, keepdims=True)
+        y = (c / jnp.sqrt((c**2).mean(axes, keepdims=True))).reshape(x.shape)
+        return jnp.sum(jnp.sin(y * scale + bias) * w)
+
+    def rule(x, scale, bias, w):
+        features = "(g k)" if name == "group" else "c"
+        return jnp.sum(jnp.sin(ours(name, x, scale=scale, bias=bias, features=features)[0]) * w)
+
+    at = x, scale, np.zeros_like(scale), w
+    got = jax.jit(jax.grad(rule, (0, 1, 2)))(*at)
+    with jax.enable_x64(True):
+        want = jax.jit(jax.grad(plain, (0, 1, 2)))(*(jnp.asarray(z, jnp.float64) for z in at))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("mean", [0, 0.9, 1.1, 1e4])
+def test_splits_of_a_batch_agree(mean, form):
+    """Eager and jit to 4e-7 of the variance. So do parts that are merged, up to what a mean rounded to float32 costs:
+    2 d 2^-24 |mean| where the parts' means differ by d, here 0.1 standard deviations.
+    """
+    x = sample("batch", mean)
+    whole = jn.moments(x, "n c", "n")
+    jitted = jax.jit(lambda x: jn.moments(x, "n c", "n"))(x)
+    halves, sixteenths = (jn.merge(*(jn.moments(part, "n c", "n") for part in np.split(x, k))) for k in (2, 16))
+    for moments, rounding in ((jitted, 0), (halves, 2 * 0.1 * 2**-24 * mean), (sixteenths, 2 * 0.1 * 2**-24 * mean)):
+        np.testing.assert_allclose(moments.mean, whole.mean, rtol=1.2e-7, atol=2e-7)
+        np.testing.assert_allclose(moments.var, whole.var, rtol=4e-7 + rounding)
