@@ -14,6 +14,7 @@ import numpy as np
 
 import jaxnorm as jn
 
+MEANS = (0, 1e2, 1e3, 1e4, 1e6)
 NORMS = {
     "batch": (
         flax.linen.BatchNorm(use_running_average=False),
@@ -45,6 +46,24 @@ def output_error(mean: float) -> tuple[float, float]:
     return tuple(float(np.abs(y - true).max()) for y in (theirs, jn.layer_norm(x)))
 
 
+def gradient_error(mean: float) -> tuple[float, float]:
+    """The worst error of the gradient by x of a loss of that y, in units of the largest gradient."""
+    x, w = np.random.default_rng(0).normal([[[mean]], [[0]]], 1, (2, 4096, 64)).astype(np.float32)
+    model = flax.linen.LayerNorm(use_bias=False, use_scale=False)
+
+    def exact(x):
+        c = x - x.mean(1, keepdims=True)
+        return c / jnp.sqrt((c**2).mean(1, keepdims=True) + 1e-6)
+
+    def gradient(norm):
+        return jax.grad(lambda x: jnp.sum(jnp.sin(norm(x)) * w))
+
+    theirs, ours = gradient(lambda x: model.apply({}, x))(x), gradient(jn.layer_norm)(x)
+    with jax.enable_x64(True):
+        true = np.asarray(gradient(exact)(jnp.asarray(x, jnp.float64)))
+    return tuple(float(np.abs(g - true).max() / np.abs(true).max()) for g in (theirs, ours))
+
+
 def kept(f, x, *params) -> float:
     leaves = jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(f, *a)[1], x, *params))
     return sum(a.size * a.dtype.itemsize for a in leaves) / x.size
@@ -53,12 +72,16 @@ def kept(f, x, *params) -> float:
 def main() -> None:
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "flax", "numpy"))
     print(f"{versions}, {jax.devices()[0].device_kind}\n")
-    print("| | flax.linen | jaxnorm |\n|---|---|---|")
-    for mean in (1e2, 1e4):
-        theirs, ours = variance_error(mean)
-        print(f"| relative error of the variance, N({mean:.0e}, 1), float32 | {theirs:.0e} | {ours:.0e} |")
-    theirs, ours = output_error(1e3)
-    print(f"| error of layer norm's y, N(1e+03, 1), float32 | {theirs:.0e} | {ours:.0e} |")
+    print("| N(mean, 1), float32: flax.linen / jaxnorm | " + " | ".join(f"{mean:.0e}" for mean in MEANS) + " |")
+    print("|---" * (len(MEANS) + 1) + "|")
+    errors = {
+        "relative error of the variance": variance_error,
+        "error of layer norm's y": output_error,
+        "error of its gradient": gradient_error,
+    }
+    for name, error in errors.items():
+        print(f"| {name} | " + " | ".join("{:.0e} / {:.0e}".format(*error(mean)) for mean in MEANS) + " |")
+    print("\n| | flax.linen | jaxnorm |\n|---|---|---|")
     for name, (model, norm) in NORMS.items():
         for dtype in (jnp.float32, jnp.bfloat16):
             x = jnp.zeros((64, 32, 32, 64), dtype)

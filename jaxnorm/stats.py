@@ -258,6 +258,19 @@ def statistics_of(plan: Plan, x: Array, slots: Slots) -> Stats:
     return stats
 
 
+def row_statistics(plan: Plan, x: Array) -> Stats:
+    """The statistics of whole rows on CPU, in plain sums: see `rule.py`."""
+    n, slots = _whole(plan, x, Slots()), Slots()
+    assert n is not None
+    shift = offset = jnp.zeros((1,) * x.ndim, wide(x.dtype))
+    if plan.center:
+        shift = _sum(clean(x, x, slots), plan, slots) / n
+        offset = _sum(centred(plan, x, slots, 0, shift), plan, slots) / n
+    m2 = _sum(abs_sq(centred(plan, x, slots, 0, shift, offset)), plan, slots)
+    shift, offset = (jnp.broadcast_to(z, m2.shape) for z in (shift, offset))
+    return Stats(_count(plan, x, slots, None), shift, offset, m2)
+
+
 def _along(z: Array, rows: Array) -> Array:
     """`z` of the shape of `rows`, lying as they lie: a mask may be sharded in another way than x."""
     return keep_sharding(jnp.broadcast_to(z, rows.shape), rows)
