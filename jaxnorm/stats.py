@@ -325,8 +325,10 @@ def statistics_tangent(
     second = jnp.real(second)
     if counts:
         dcount = jnp.real(counts[0])
+    elif isinstance(stats.n, float | int):
+        dcount = jnp.zeros((1,) * x.ndim, real_of(c.dtype))
     else:
-        dcount = jnp.zeros((1,) * x.ndim if isinstance(stats.n, float) else stats.n.shape, real_of(c.dtype))
+        dcount = jnp.zeros_like(stats.n)
     if not plan.center:
         return Stats(dcount, jnp.zeros_like(stats.shift), jnp.zeros_like(stats.offset), second)
     if not rowwise:

@@ -64,9 +64,17 @@ def expected_state(peer, mean, var, count):
     return (1 - kept) * mean, kept + (1 - kept) * var * (count / (count - 1) if peer == "torch" else 1)
 
 
-@pytest.mark.parametrize("dtype", options.DTYPES)
-@pytest.mark.parametrize("norm", options.NORMS)
-@pytest.mark.parametrize("peer", peers.BUILD)
+ALONE = ("jaxnorm", "torch")  # of the others batch norm stands for all in bfloat16: each case compiles for long
+CASES = [
+    (peer, norm, dtype)
+    for peer in peers.BUILD
+    for norm in options.NORMS
+    for dtype in options.DTYPES
+    if dtype == "float32" or norm == "batch" or peer in ALONE
+]
+
+
+@pytest.mark.parametrize(("peer", "norm", "dtype"), CASES)
 def test_every_framework_computes_the_same(peer, norm, dtype):
     if peer in LEFT_OUT:
         pytest.skip(f"{peer}: {LEFT_OUT[peer]}")
