@@ -18,7 +18,7 @@ NORMS = {
     "group": ("n h w (g k)", "h w k", (2, 64, 64, 8), (1, 2, 4)),
 }
 every_norm = pytest.mark.parametrize("name", NORMS)
-means = pytest.mark.parametrize("mean", [0, 0.5, 0.99, 3, 1e2, 1e4, 1e6])
+means = pytest.mark.parametrize("mean", [0, 0.99, 3, 1e4, 1e6])
 
 
 def sample(name, mean, dtype=np.float32):
