@@ -74,8 +74,8 @@ def _spread(plan: Plan, x: Array, rows: list[Array]) -> list[Array]:
     return rows
 
 
-def _times(a: Array, b: Array | float | None) -> Array:
-    return a if b is None else a * b if isinstance(b, float | int) else like(a, b) * b
+def _times(a: Array, b: Array | None) -> Array:
+    return a if b is None else like(a, b) * b
 
 
 def _plus(a: Array, b: Array | None) -> Array:
@@ -161,8 +161,9 @@ def _standardize(plan: Plan, x: Array, slots: Slots, epsilon: Array, scale: Arra
         r = jax.lax.rsqrt(_var(with_known_count(plan, x, slots, stats), epsilon))
         return _plus(_times(c * like(r, c), scale), bias).astype(plan.dtype), stats
 
-    local = slots == Slots() and plan.cut is None and not plan.mapped.names
-    if not local or x.size < cpu.SMALL or x.ndim - 1 not in plan.dims:
+    local = not jax.tree.leaves(slots) and plan.cut is None and not plan.mapped.names
+    rows = sorted(plan.dims) == list(range(x.ndim - len(plan.dims), x.ndim))
+    if not local or not rows or x.size < cpu.SMALL:
         return in_steps(x)
     return jax.lax.platform_dependent(x, cpu=in_one_loop, default=in_steps)
 
