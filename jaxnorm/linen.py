@@ -4,9 +4,9 @@
 
 Every argument, variable, initialiser and dtype is Flax's. Where the numbers differ Flax is wrong (masks across devices,
 large means, fully masked batches), and each class says where. Two of Flax's arguments do less here. `use_fast_variance`
-does nothing: the stable way costs the same here in collectives, and less in memory and in time
-(`jaxnorm bench`). With `force_float32_reductions=False` the state has `param_dtype`, as
-in Flax, but statistics are float32 or wider all the same.
+does nothing: the stable way costs the same here in collectives, and less in memory and, with a backward pass, in time
+(`jaxnorm bench`). With `force_float32_reductions=False` the state has `param_dtype`, as in Flax, but statistics are
+float32 or wider all the same.
 
 Added to all of them, keyword-only:
     layout: names of the dimensions of x, "n h w c", in place of Flax's numbers.

@@ -5,7 +5,7 @@
 Every argument, variable, initialiser and dtype is Flax's. Where the numbers differ Flax is wrong (masks across devices,
 large means, fully masked batches, running statistics read in half precision), and each class says where. Two of Flax's
 arguments do less here. `use_fast_variance` does nothing: the stable way costs the same here in collectives, and
-less in memory and in time (`jaxnorm bench`). `promote_dtype` left alone decides the dtype
+less in memory and, with a backward pass, in time (`jaxnorm bench`). `promote_dtype` left alone decides the dtype
 of y and casts nothing else; your own is called as Flax calls it, but stored statistics stay as they are.
 
 Added to all of them, keyword-only:

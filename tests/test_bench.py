@@ -217,6 +217,19 @@ def test_ctrl_c_leaves_what_there_is(tmp_path, monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_a_framework_that_fails_costs_no_other_its_results(tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand more")
+
+    monkeypatch.setattr(tiny, "measure", fail)
+    assert main(["bench", *SHORT, str(tmp_path)]) == 1
+    results = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert results["interrupted"] is True
+    assert results["times_limit"]
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("jaxnorm bench"))
+    assert said == "jaxnorm bench: RuntimeError: RESOURCE_EXHAUSTED: out of memory; writing what there is"
+
+
 def test_a_missing_framework_is_named_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "haiku", None)  # as where it is not installed
     flags = ["--norms", "rms", "--dtypes", "float32", "--peers", "haiku", "--parts", "norms", "--mb", "0.01"]
@@ -232,7 +245,7 @@ def test_a_missing_framework_is_named_once(tmp_path, monkeypatch, capsys):
     ("flags", "line"),
     [
         (["--norms", "lyer"], "--norms: 'lyer' is not one of batch, layer, .*did you mean 'layer'"),
-        (["--norms", "rms,rms"], "--norms: names one twice"),
+        (["--norms", "rms,rms"], "--norms: names a norm twice"),
         (["--norms", ""], "--norms: '' is not one of"),
         (["--dtypes", "float64"], "--dtypes: 'float64' is not one of float32, bfloat16"),
         (["--peers", "flax"], "--peers: 'flax' is not one of flax.linen"),

@@ -78,7 +78,8 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         shown = "" if default in (None, False) else f" (default: {kwargs.pop('shown', default)})"
         parser.add_argument(flag, default=default, help=help + shown, **kwargs)
 
-    add("--norms", f"which, of {','.join(NORMS)}", type=norm_list, metavar="A,B,...", shown=",".join(NORMS))
+    every = ",".join(NORMS)
+    add("--norms", f"which, of {every}", type=some_of(NORMS, "norm"), metavar="A,B,...", shown=every)
     add(
         "--devices",
         f"how many; simulated on CPU, the real ones on GPU and TPU (default: {DEVICES}, or all the real ones if fewer)",
@@ -147,12 +148,18 @@ def one_of(allowed: tuple[str, ...]) -> Callable[[str], str]:
     return check
 
 
-def norm_list(text: str) -> tuple[str, ...]:
-    """Names of norms with commas between them, each once."""
-    norms = tuple(one_of(NORMS)(name.strip()) for name in text.split(","))
-    if len(set(norms)) < len(norms):
-        raise argparse.ArgumentTypeError(f"names a norm twice: {text!r}")
-    return norms
+def some_of(allowed: tuple[str, ...], kind: str, none: bool = False) -> Callable[[str], tuple[str, ...]]:
+    """Names with commas between them, each once; with `none` an empty text is no name at all."""
+
+    def check(text: str) -> tuple[str, ...]:
+        if none and not text:
+            return ()
+        names = tuple(one_of(allowed)(name.strip()) for name in text.split(","))
+        if len(set(names)) < len(names):
+            raise argparse.ArgumentTypeError(f"names a {kind} twice: {text!r}")
+        return names
+
+    return check
 
 
 def need(*modules: str) -> None:

@@ -36,7 +36,7 @@ def run(options: Options) -> int:
     """Does what the options say.
 
     Returns:
-        The exit status: 0, or 130 where Ctrl-C cut it short. What there is then is written all the same.
+        The exit status: 0; 130 where Ctrl-C cut it short, 1 where a framework failed. What there is then is written.
 
     Raises:
         BadOption: before anything is compiled.
@@ -63,6 +63,10 @@ def run(options: Options) -> int:
     except KeyboardInterrupt:
         status = 130
         print("jaxnorm bench: interrupted; writing what there is", file=sys.stderr)
+    except Exception as error:  # of a framework, or out of memory: what took minutes until then is kept
+        status = 1
+        said = str(error).strip().splitlines() or [""]
+        print(f"jaxnorm bench: {type(error).__name__}: {said[0]}; writing what there is", file=sys.stderr)
     results = report.document(kept, interrupted=status != 0)
     path = folder / f"{report.base_name(kept.facts)}.json"
     write(path, results)

@@ -1,12 +1,11 @@
 """What `jaxnorm bench` can be asked. Nothing heavy is imported here: a bad value is answered at once."""
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxnorm.lab.options import one_of, positive, whole
+from jaxnorm.lab.options import positive, some_of, whole
 
 NORMS = ("batch", "layer", "rms", "instance", "group")
 DTYPES = ("float32", "bfloat16")
@@ -62,29 +61,15 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     def add(flag: str, help: str, **kwargs: Any) -> None:
         parser.add_argument(flag, default=getattr(Options, flag[2:]), help=help, **kwargs)
 
-    add("--norms", f"which, of {','.join(NORMS)} (default: all)", type=some_of(NORMS), metavar="A,B,...")
-    add("--dtypes", "of x and y; scale and bias are float32 (default: both)", type=some_of(DTYPES), metavar="A,B")
+    add("--norms", f"which, of {','.join(NORMS)} (default: all)", type=some_of(NORMS, "norm"), metavar="A,B,...")
+    add("--dtypes", "of x and y, not of scale and bias (default: both)", type=some_of(DTYPES, "dtype"), metavar="A,B")
     add(
         "--peers",
         f"against whom, of {','.join(PEERS)} (default: all that are installed)",
-        type=some_of(PEERS, none=True),
+        type=some_of(PEERS, "peer", none=True),
         metavar="A,B,...",
     )
-    add("--parts", "what, of norms,tiny,compile (default: all)", type=some_of(PARTS), metavar="A,B,...")
+    add("--parts", "what, of norms,tiny,compile (default: all)", type=some_of(PARTS, "part"), metavar="A,B,...")
     add("--mb", "megabytes of x in float32 (default: 16, on GPU and TPU 256)", type=positive, metavar="X")
     add("--runs", "how often each is timed (default: 12)", type=whole, metavar="N")
     add("--out", "the folder to write to (default: runs/bench-TIME)", type=Path, metavar="DIR")
-
-
-def some_of(allowed: tuple[str, ...], none: bool = False) -> Callable[[str], tuple[str, ...]]:
-    """Names with commas between them, each once; with `none` an empty text is no name at all."""
-
-    def check(text: str) -> tuple[str, ...]:
-        if none and not text:
-            return ()
-        names = tuple(one_of(allowed)(name.strip()) for name in text.split(","))
-        if len(set(names)) < len(names):
-            raise argparse.ArgumentTypeError(f"names one twice: {text!r}")
-        return names
-
-    return check

@@ -71,7 +71,8 @@ def step(model: ResNet, variables: dict[str, Any], x: jax.Array, labels: jax.Arr
 @contextlib.contextmanager
 def no_cache() -> Iterator[None]:
     """Without JAX's cache of compiled programs on disk. Whether it is used is settled once: hence the resets."""
-    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    # JAX makes this attribute at run time and refuses config.read of it
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     try:
