@@ -1,5 +1,8 @@
 """Strict JAX for every test: eight CPU devices, no silent promotion, compiled programs kept between runs.
 
+LLVM's optimizations are left out: compiling is what these tests cost, and half of that is LLVM. XLA's own, which decide
+what is fused and kept, are not. Where the order of a sum matters, tests/test_exact.py compiles as users do.
+
 Set at import: pytest reads this file before any test module, in every xdist worker, so JAX has not started yet.
 """
 
@@ -11,6 +14,7 @@ import pytest
 
 from jaxnorm import cpu
 
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

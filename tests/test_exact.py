@@ -20,6 +20,7 @@ NORMS = {
     "instance": ("n h w c", "h w", (2, 64, 64, 8), (1, 2)),
     "group": ("n h w (g k)", "h w k", (2, 64, 64, 8), (1, 2, 4)),
 }
+optimized = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})  # as users compile
 every_norm = pytest.mark.parametrize("name", NORMS)
 means = pytest.mark.parametrize("mean", [0, 0.99, 3, 1e4, 1e6])
 
@@ -53,8 +54,8 @@ def exact(name, x):
 def test_variance_and_y(name, mean, form):
     """y to 4 units in the last place of max(1, |y|): its scale is the standard deviation."""
     x = sample(name, mean)
-    y, stats = jax.jit(lambda x: ours(name, x))(x)
-    alone = jax.jit(lambda x: ours(name, x)[0])(x)  # without the statistics the compiler makes other loops
+    y, stats = optimized(lambda x: ours(name, x))(x)
+    alone = optimized(lambda x: ours(name, x)[0])(x)  # without the statistics the compiler makes other loops
     want, var = exact(name, x)
     assert abs(np.float64(stats.var) / var - 1).max() <= (1e-6 if mean <= 1e4 else 1e-5)
     unit = np.spacing(np.maximum(1, abs(want)).astype(np.float32))
@@ -66,7 +67,7 @@ def test_a_nan_costs_no_digit_of_another_channel(form):
     x = sample("batch", 1e4)
     clean, _ = ours("batch", x)
     x[0, 0] = np.nan
-    y, stats = jax.jit(lambda x: ours("batch", x))(x)
+    y, stats = optimized(lambda x: ours("batch", x))(x)
     assert np.isnan(y[:, 0]).all()
     assert np.isnan(stats.var[0])
     np.testing.assert_allclose(y[:, 1:], clean[:, 1:], rtol=0, atol=1e-6)
@@ -93,7 +94,7 @@ def test_sixteen_bits(name, dtype, form):
     """What is rounded is the input and y, and nothing between: y is float64's, rounded, but for ties."""
     for mean in (0, 30, 1000):
         x = sample(name, mean, dtype)
-        y, stats = jax.jit(lambda x: ours(name, x))(x)
+        y, stats = optimized(lambda x: ours(name, x))(x)
         want, var = exact(name, x)
         assert abs(np.float64(stats.var) / var - 1).max() <= 1e-6
         unit = np.abs(want) * float(jnp.finfo(dtype).eps) + 1e-6
@@ -120,9 +121,9 @@ def test_gradients(name, mean, form):
         return jnp.sum(jnp.sin(ours(name, x, scale=scale, bias=bias, features=features)[0]) * w)
 
     at = x, scale, np.zeros_like(scale), w
-    got = jax.jit(jax.grad(rule, (0, 1, 2)))(*at)
+    got = optimized(jax.grad(rule, (0, 1, 2)))(*at)
     with jax.enable_x64(True):
-        want = jax.jit(jax.grad(plain, (0, 1, 2)))(*(jnp.asarray(z, jnp.float64) for z in at))
+        want = optimized(jax.grad(plain, (0, 1, 2)))(*(jnp.asarray(z, jnp.float64) for z in at))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
@@ -134,7 +135,7 @@ def test_splits_of_a_batch_agree(mean, form):
     """
     x = sample("batch", mean)
     whole = jn.moments(x, "n c", "n")
-    jitted = jax.jit(lambda x: jn.moments(x, "n c", "n"))(x)
+    jitted = optimized(lambda x: jn.moments(x, "n c", "n"))(x)
     halves, sixteenths = (jn.merge(*(jn.moments(part, "n c", "n") for part in np.split(x, k))) for k in (2, 16))
     for moments, rounding in ((jitted, 0), (halves, 2 * 0.1 * 2**-24 * mean), (sixteenths, 2 * 0.1 * 2**-24 * mean)):
         np.testing.assert_allclose(moments.mean, whole.mean, rtol=1.2e-7, atol=2e-7)
