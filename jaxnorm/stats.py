@@ -266,7 +266,9 @@ def row_statistics(plan: Plan, x: Array) -> Stats:
     if plan.center:
         shift = _sum(clean(x, x, slots), plan, slots) / n
         offset = _sum(centred(plan, x, slots, 0, shift), plan, slots) / n
-    m2 = _sum(abs_sq(centred(plan, x, slots, 0, shift, offset)), plan, slots)
+    m2 = _sum(abs_sq(centred(plan, x, slots, 0, shift)), plan, slots)
+    if plan.center:
+        m2 = jnp.maximum(m2 - n * abs_sq(offset), 0)  # as in `_mean`
     shift, offset = (jnp.broadcast_to(z, m2.shape) for z in (shift, offset))
     return Stats(_count(plan, x, slots, None), shift, offset, m2)
 
