@@ -118,6 +118,14 @@ def last(layout: Names) -> str:
     return ELLIPSIS
 
 
+def first(layout: Names) -> str:
+    """The first name of the layout, which a norm takes for the examples: a plain one, and not `...`."""
+    dim = parse(layout)[0]
+    if len(dim) > 1 or dim == (ELLIPSIS,):
+        raise LayoutError(f'the first dimension of the layout "{text_of(layout)}" must be one name, the examples.')
+    return dim[0]
+
+
 def split_axis(layout: Names, axis: str) -> tuple[tuple[str, ...], str, str]:
     """One plain axis of a layout in groups. Gives the layout, its new dimension and the name of a group's members.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import rule
 from jaxnorm.errors import ArgumentError, LayoutError, named
-from jaxnorm.layout import ELLIPSIS, Names, kept, meet, parse_list
+from jaxnorm.layout import ELLIPSIS, Names, kept, meet, parse_list, place
 from jaxnorm.mapped import Groups
 from jaxnorm.operands import operands
 from jaxnorm.stats import Stats, pool, ratio
@@ -219,6 +220,17 @@ def transpose_to(m: Moments, axes: tuple[str, ...]) -> Moments:
     return Moments(jnp.transpose(m.count, order), jnp.transpose(m.mean, order), jnp.transpose(m.m2, order), axes)
 
 
+def broadcast_to(m: Moments, like: Moments) -> Moments:
+    """The same moments, matched by name, for every entry of `like` along the axes that they lack."""
+    frame = meet(like.axes, like.mean.shape, what="moments")
+    own = meet(m.axes, m.mean.shape, what="moments").names
+
+    def onto(z: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(place(jnp.asarray(z), own, frame, "moments"), like.mean.shape)
+
+    return Moments(*(onto(jnp.broadcast_to(z, m.mean.shape)) for z in (m.count, m.mean, m.m2)), like.axes)
+
+
 def merge_along(m: Moments, names: tuple[str, ...]) -> Moments:
     """Merge the parts that lie along the named axes of one Moments (the ghosts of ghost batch norm)."""
     if not names:
@@ -229,7 +241,7 @@ def merge_along(m: Moments, names: tuple[str, ...]) -> Moments:
 
     def front(z: jax.Array) -> jax.Array:
         z = jnp.transpose(z, order)
-        return z.reshape((-1, *z.shape[len(gone) :]))
+        return z.reshape((math.prod(z.shape[: len(gone)]), *z.shape[len(gone) :]))
 
     mean = front(m.mean)
     n, shift, offset, m2 = pool(front(m.count), mean, jnp.zeros_like(mean), front(m.m2))

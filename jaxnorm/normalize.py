@@ -24,6 +24,8 @@ def normalize(
     bias: ArrayLike | None = None,
     features: Names | None = None,
     epsilon: ArrayLike = 1e-5,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     sizes: dict[str, int] | None = None,
     dtype=None,
 ) -> jax.Array:
@@ -45,6 +47,8 @@ def normalize(
             FiLM), `"n h w c"` one for every place (SPADE). A composed dimension may be given whole, `"(g k)"`, or in
             its parts, `"g k"`.
         epsilon: added to the variance, in its unit: that of x squared.
+        mask, weights: as the statistics were taken with. They change no y but where a value that does not count is
+            not finite: it is read as 0, so that no gradient meets it.
         sizes: sizes of the axes that compose a dimension.
         dtype: dtype of y; that of `x` by default. Whatever it is, the arithmetic is float32 or wider.
 
@@ -76,20 +80,22 @@ def normalize(
     """
     if not isinstance(stats, Moments | RunningStats):
         raise ArgumentError(f"stats must be Moments or RunningStats, got {type(stats).__name__}.")
-    op = operands(x, layout, None, sizes=sizes, dtype=dtype)
+    op = operands(x, layout, None, mask=mask, weights=weights, sizes=sizes, dtype=dtype)
     x_dtype = op.x.dtype
     real = real_of(wide(x_dtype))
     if jnp.iscomplexobj(stats.mean) and wide(x_dtype) == real:
         raise ArgumentError(f"the statistics are complex ({stats.mean.dtype}), x is not ({x_dtype}). Make x complex.")
     mean, var = jnp.asarray(stats.mean, wide(x_dtype)), jnp.asarray(stats.var, real)
     axes = meet(stats.axes, mean.shape, what="stats").names
-    mean, var = (place(z, axes, op.frame, "stats") for z in (mean, var))
+    count = jnp.asarray(stats.count, real) if isinstance(stats, Moments) else jnp.ones((), real)
+    count, mean, var = (place(jnp.broadcast_to(z, mean.shape), axes, op.frame, "stats") for z in (count, mean, var))
     if features is None:
         features = stats.axes if isinstance(stats, RunningStats) else last(layout)
     shift = jax.lax.stop_gradient(mean)  # the rest is 0, and that is the part which is differentiated
-    placed = Stats(jnp.ones_like(var), shift, mean - shift, var)
+    placed = Stats(count, shift, mean - shift, var)
+    var_eps = var + check_epsilon(epsilon, x_dtype)
     affine = _affine(
-        var + check_epsilon(epsilon, x_dtype),
+        jnp.where((count <= 0) & (var_eps <= 0), 1, var_eps),  # of nothing, and epsilon 0: y is finite
         scale,
         bias,
         features,

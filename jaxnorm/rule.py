@@ -159,10 +159,8 @@ def _standardize(plan: Plan, x: Array, slots: Slots, epsilon: Array, scale: Arra
         stats = row_statistics(plan, x)
         c = centred(plan, x, slots, 0, stats.shift, stats.offset)
         r = jax.lax.rsqrt(_var(with_known_count(plan, x, slots, stats), epsilon))
-        if plan.center:
-            y = _times(c * like(r, c), scale)
-        else:  # in bfloat16 two products of the size of x take a third longer than one
-            y = c * like(_times(r, scale), c)
+        # RMS norm's factors first: in bfloat16 two products of the size of x take a third longer than one
+        y = _times(c * like(r, c), scale) if plan.center else c * like(_times(r, scale), c)
         return _plus(y, bias).astype(plan.dtype), stats
 
     local = not jax.tree.leaves(slots) and plan.cut is None and not plan.mapped.names

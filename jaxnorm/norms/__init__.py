@@ -1,0 +1,1 @@
+"""Every norm, one family a file: rows over the verbs. `jaxnorm.table` lists them."""

@@ -1,0 +1,402 @@
+"""The family of batch norm: other batches, other statistics to normalize with, other sets of them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxnorm.errors import ArgumentError, LayoutError, named, nearest
+from jaxnorm.layout import Names, first, kept, meet, parse
+from jaxnorm.moments import Moments, broadcast_to, merge, moments
+from jaxnorm.normalize import normalize
+from jaxnorm.norms.basic import batch_norm
+from jaxnorm.running import RunningStats, update
+
+Limit = ArrayLike | Callable[[jax.Array], ArrayLike] | None
+
+
+@named
+def ghost_batch_norm(
+    x: ArrayLike,
+    running: RunningStats,
+    num_ghosts: int,
+    layout: Names = "n ... c",
+    over: Names = "n ...",
+    *,
+    features: Names | None = None,
+    sizes: dict[str, int] | None = None,
+    **options: Any,
+) -> tuple[jax.Array, RunningStats]:
+    """Ghost batch norm: the batch in parts, each normalized on its own, on any number of devices.
+
+        layout "(ghost n) ... c", over "n ...":   y = (x - mean) / sqrt(var + epsilon) * scale + bias, for each ghost
+
+    The running statistics are updated with the moments of all ghosts merged. One ghost is batch norm.
+
+    Args:
+        x: array laid out as `layout`.
+        running: RunningStats along the axes that are not averaged.
+        num_ghosts: into how many parts the first dimension is cut; it must divide its size.
+        layout: a name for every dimension of `x`, the examples first.
+        over: the axes averaged together, the first name of the layout among them.
+        features: by default the axes that are not averaged.
+        sizes: sizes of the axes that compose a dimension.
+        **options: scale, bias, momentum, epsilon, mask, weights, debias, unbiased, groups: as in `batch_norm`.
+
+    Returns:
+        y, of the shape and dtype of `x`, and the new RunningStats.
+
+    Raises:
+        LayoutError, AxisError: as `batch_norm`, and when `num_ghosts` does not divide the examples.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm as jn
+        >>> x = jnp.array([[1.0], [3.0], [10.0], [30.0]])
+        >>> y, running = jn.ghost_batch_norm(x, jn.running_stats(c=1), 2, momentum=0.0, epsilon=0.0)
+        >>> y[:, 0].tolist(), running.mean.tolist()
+        ([-1.0, 1.0, -1.0, 1.0], [11.0])
+
+    Source: Hoffer, Hubara, Soudry 2017, "Train longer, generalize better", algorithm 1.
+
+    Differs from: Flax and torch have none. Keras' virtual_batch_size was this, on one device.
+    """
+    n = first(layout)
+    size = meet(layout, jnp.shape(x), sizes).size(n)
+    if not isinstance(num_ghosts, int) or num_ghosts < 1 or size % num_ghosts:
+        raise LayoutError(f"num_ghosts={num_ghosts!r} does not divide the {size} entries along {n!r}.")
+    ghosts = f"({n}_ghost {n})"
+    dims = tuple(dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in parse(layout))
+    return batch_norm(
+        x, running, (ghosts, *dims[1:]), over, features=kept(layout, over) if features is None else features,
+        sizes={**(sizes or {}), f"{n}_ghost": num_ghosts}, **options,
+    )  # fmt: skip
+
+
+def _limit(limit: Limit, num_updates: jax.Array, steps: tuple[float, ...], values: tuple[float, ...]) -> jax.Array:
+    if limit is None:
+        at, to = (jnp.array(z, jnp.float32) for z in (steps, values))
+        return jnp.interp(num_updates.astype(jnp.float32), at, to)
+    return jnp.asarray(limit(num_updates) if callable(limit) else limit, jnp.float32)
+
+
+@named
+def batch_renorm(
+    x: ArrayLike,
+    running: RunningStats,
+    layout: Names = "... c",
+    over: Names = "...",
+    *,
+    r_max: Limit = None,
+    d_max: Limit = None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    features: Names | None = None,
+    momentum: ArrayLike | None = 0.99,
+    epsilon: ArrayLike = 1e-5,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    debias: bool = False,
+    unbiased: bool = False,
+    **options: Any,
+) -> tuple[jax.Array, RunningStats]:
+    """Batch renormalization: training sees what evaluation will, within limits. For small or uneven batches.
+
+        y = ((x - mean) / s * r + d) * scale + bias,   s = sqrt(var + epsilon), of the batch
+        r = clip(s / s', 1 / r_max, r_max),   d = clip((mean - mean') / s', -d_max, d_max),   s', mean' running
+
+    No gradient flows through r and d. r_max = 1 and d_max = 0 is batch norm; without limits y is what evaluation with
+    the running statistics (of before the update) gives, with the gradient of batch norm.
+
+    Args:
+        x: array laid out as `layout`.
+        running: RunningStats along the axes that are not averaged.
+        layout, over: as in `batch_norm`.
+        r_max, d_max: the limits: numbers, or functions of `running.num_updates` (an optax schedule is one). None is
+            the paper's schedule: r_max 1 until update 5000, then linearly to 3 at 40000; d_max 0, then 5 at 25000.
+        scale, bias, features: as in `batch_norm`.
+        momentum, debias, unbiased: as in `update`.
+        epsilon: added to both variances, in their unit.
+        mask, weights: which elements count and how much, as in `batch_norm`.
+        **options: sizes, groups: as in `batch_norm`.
+
+    Returns:
+        y, of the shape and dtype of `x`, and the new RunningStats.
+
+    Raises:
+        LayoutError, AxisError: as `batch_norm`.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm as jn
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> y, running = jn.batch_renorm(x, jn.running_stats(c=1), r_max=3.0, d_max=5.0, epsilon=0.0)
+        >>> y[:, 0].tolist()
+        [1.0, 3.0]
+
+    Source: Ioffe 2017, "Batch Renormalization", algorithm 1 and section 4 (the schedule).
+
+    Differs from: Flax and torch have none; Keras 2's renorm had these limits under `renorm_clipping`, without schedule.
+    """
+    stats = moments(x, layout, over, mask=mask, weights=weights, **options)
+    t = running.num_updates
+    r_max = _limit(r_max, t, (5e3, 4e4), (1.0, 3.0)).astype(stats.var.dtype)
+    d_max = _limit(d_max, t, (5e3, 2.5e4), (0.0, 5.0)).astype(stats.var.dtype)
+    ones = jnp.ones_like(running.var)
+    old = broadcast_to(Moments(ones, running.mean, running.var, running.axes), stats)
+    epsilon = jnp.asarray(epsilon, stats.var.dtype)
+    s, s_old = jnp.sqrt(stats.var + epsilon), jnp.sqrt(old.var.astype(stats.var.dtype) + epsilon)
+    # Which statistics give this y: with s / r for s, the mean moved by d of them. The rest is `normalize`.
+    r = jax.lax.stop_gradient(jnp.clip(s / s_old, 1 / r_max, r_max))
+    d = jax.lax.stop_gradient(jnp.clip((stats.mean - old.mean.astype(stats.mean.dtype)) / s_old, -d_max, d_max))
+    var = jnp.maximum(stats.var + epsilon, 1e-30) / r**2 - epsilon
+    between = Moments(jnp.ones_like(s), stats.mean - d * s / r, var, stats.axes)
+    y = normalize(
+        x, between, layout, scale=scale, bias=bias, features=kept(layout, over) if features is None else features,
+        epsilon=epsilon, mask=mask, weights=weights, sizes=options.get("sizes"),
+    )  # fmt: skip
+    return y, update(running, stats, momentum, debias=debias, unbiased=unbiased)
+
+
+@named
+def split_batch_norm(
+    x: ArrayLike,
+    running: RunningStats | Mapping[str, RunningStats],
+    which: Any,
+    layout: Names = "... c",
+    over: Names = "...",
+    **options: Any,
+) -> tuple[jax.Array, Any]:
+    """Batch norm with several sets of running statistics, one for each kind of data, under one scale and bias.
+
+        y, running[which] = batch_norm(x, running[which], ...)
+
+    Kinds are clean and adversarial, real and fake, one for each domain.
+
+    Args:
+        x: array laid out as `layout`, all of one set.
+        running: a dict of RunningStats by name; or one RunningStats whose first axis is the set, as
+            `running_stats("set c", set=2, c=64)`, where `which` may be traced.
+        which: the name of the set, or its index.
+        layout, over: as in `batch_norm`.
+        **options: scale, bias, features, momentum, epsilon, mask, weights, debias, unbiased, sizes, groups: as in
+            `batch_norm`.
+
+    Returns:
+        y, of the shape and dtype of `x`, and `running` with the one set updated. `num_updates` of stacked statistics
+        is shared: with `debias` or `momentum=None` keep a dict.
+
+    Raises:
+        LayoutError, AxisError: as `batch_norm`.
+        ValueError: (ArgumentError) when there is no such set, or `debias` and `momentum=None` meet stacked statistics.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm as jn
+        >>> running = {"clean": jn.running_stats(c=1), "adversarial": jn.running_stats(c=1)}
+        >>> y, running = jn.split_batch_norm(jnp.array([[1.0], [3.0]]), running, "clean", momentum=0.5)
+        >>> running["clean"].mean.tolist(), running["adversarial"].mean.tolist()
+        ([1.0], [0.0])
+
+        >>> stacked = jn.running_stats("set c", set=2, c=1)
+        >>> y, stacked = jn.split_batch_norm(jnp.array([[1.0], [3.0]]), stacked, jnp.array(1), momentum=0.5)
+        >>> stacked.mean.tolist()
+        [[0.0], [1.0]]
+
+    Source: Xie et al. 2020, "Adversarial Examples Improve Image Recognition", section 4 (auxiliary batch norm).
+
+    Differs from: timm's SplitBatchNorm, which cuts every batch into fixed parts. Flax has none.
+    """
+    own = select_stats(running, which)
+    if isinstance(running, RunningStats) and (options.get("debias") or options.get("momentum", 0.0) is None):
+        raise ArgumentError("stacked statistics share num_updates: debias and momentum=None need a dict of them.")
+    y, new = batch_norm(x, own, layout, over, **options)
+    if isinstance(running, Mapping):
+        return y, {**running, which: new}
+    mean, var = (old.at[which].set(z) for old, z in ((running.mean, new.mean), (running.var, new.var)))
+    return y, RunningStats(mean, var, new.num_updates, running.axes)
+
+
+@named
+def select_stats(running: RunningStats | Mapping[str, RunningStats], which: Any) -> RunningStats:
+    """One set of the running statistics of `split_batch_norm`, for evaluation with `normalize`.
+
+        running[which]
+
+    Args:
+        running: a dict of RunningStats, or one RunningStats whose first axis is the set.
+        which: a name, or an index, traced or not. As everywhere in JAX a traced index out of range is clamped.
+
+    Returns:
+        RunningStats of that set.
+
+    Raises:
+        ValueError: (ArgumentError) when there is no such set.
+
+    Example:
+        >>> import jaxnorm as jn
+        >>> jn.select_stats(jn.running_stats("set c", set=3, c=2), 1).mean.shape
+        (2,)
+
+    Source: Xie et al. 2020, section 4.
+
+    Differs from: Flax and torch, where a set of statistics is a module of its own.
+    """
+    if isinstance(running, Mapping):
+        if not isinstance(which, str) or which not in running:
+            known = ", ".join(map(repr, running))
+            raise ArgumentError(f"there are no statistics {which!r}, only {known}.{nearest(str(which), running)}")
+        return running[which]
+    if isinstance(which, str) or jnp.shape(which) or not jnp.issubdtype(jnp.result_type(which), jnp.integer):
+        raise ArgumentError(f"which must be one integer, the index along {running.axes[0]!r}, got {which!r}.")
+    if isinstance(which, int) and not 0 <= which < len(running.mean):
+        raise ArgumentError(f"there is no set {which} along {running.axes[0]!r}, which has {len(running.mean)}.")
+    return RunningStats(running.mean[which], running.var[which], running.num_updates, running.axes[1:])
+
+
+@named
+def frozen_batch_norm(
+    x: ArrayLike,
+    running: RunningStats,
+    layout: Names = "... c",
+    *,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    **options: Any,
+) -> jax.Array:
+    """Frozen batch norm: a fixed scale and shift, of which nothing is trained.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias,   a gradient for x alone
+
+    Args:
+        x: array laid out as `layout`.
+        running: RunningStats, as they stay.
+        layout: a name for every dimension of `x`.
+        scale, bias: along `features`; none means 1 and 0. No gradient reaches them.
+        **options: features, epsilon, sizes, dtype: as in `normalize`.
+
+    Returns:
+        y, of the shape and dtype of `x`.
+
+    Raises:
+        LayoutError: as `normalize`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxnorm as jn
+        >>> def loss(scale):
+        ...     return jn.frozen_batch_norm(jnp.ones((2, 1)), jn.running_stats(c=1), scale=scale).sum()
+        >>> jax.grad(loss)(jnp.ones(1)).tolist()
+        [0.0]
+
+    Source: He et al. 2017, "Mask R-CNN", whose detectors freeze the backbone's.
+
+    Differs from: torchvision's FrozenBatchNorm2d not at all; Flax has none.
+    """
+    running, scale, bias = jax.tree.map(jax.lax.stop_gradient, (running, scale, bias))
+    return normalize(x, running, layout, scale=scale, bias=bias, **options)
+
+
+@named
+def streaming_norm(
+    x: ArrayLike,
+    running: RunningStats,
+    layout: Names = "... c",
+    over: Names = "...",
+    *,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    features: Names | None = None,
+    momentum: ArrayLike | None = 0.99,
+    epsilon: ArrayLike = 1e-5,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    debias: bool = True,
+    unbiased: bool = False,
+    **options: Any,
+) -> tuple[jax.Array, RunningStats]:
+    """Streaming norm: update the running statistics, then normalize with them, in training as in evaluation.
+
+        running = update(running, moments(x)),   y = (x - running.mean) / sqrt(running.var + epsilon) * scale + bias
+
+    Works with a batch of one. The statistics are constants to the gradient.
+
+    Args:
+        x: array laid out as `layout`.
+        running: RunningStats along the axes that are not averaged.
+        layout, over, scale, bias, features: as in `batch_norm`.
+        momentum, debias, unbiased: as in `update`; debias by default, so that the first y is that of batch norm.
+        epsilon: added to the variance, in its unit.
+        mask, weights: which elements count and how much, as in `batch_norm`.
+        **options: sizes, groups: as in `batch_norm`.
+
+    Returns:
+        y, of the shape and dtype of `x`, and the new RunningStats.
+
+    Raises:
+        LayoutError, AxisError: as `batch_norm`.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm as jn
+        >>> y, running = jn.streaming_norm(jnp.array([[1.0], [3.0]]), jn.running_stats(c=1), momentum=0.5, epsilon=0.0)
+        >>> y[:, 0].tolist(), running.mean.tolist()
+        ([-1.0, 1.0], [2.0])
+
+    Source: Liao, Kawaguchi, Poggio 2016, "Streaming Normalization", section 4.
+
+    Differs from: the paper, which also averages gradients over steps. Flax and torch have none.
+    """
+    stats = moments(x, layout, over, mask=mask, weights=weights, **options)
+    running = update(running, stats, momentum, debias=debias, unbiased=unbiased)
+    y = normalize(
+        x, running, layout, scale=scale, bias=bias, features=features, epsilon=epsilon, mask=mask, weights=weights,
+        sizes=options.get("sizes"),
+    )  # fmt: skip
+    return y, running
+
+
+@named
+def virtual_batch_norm(
+    x: ArrayLike,
+    reference: Moments,
+    layout: Names = "n ... c",
+    over: Names = "...",
+    *,
+    epsilon: ArrayLike = 1e-5,
+    mask: ArrayLike | None = None,
+    sizes: dict[str, int] | None = None,
+    **options: Any,
+) -> jax.Array:
+    """Virtual batch norm: every example as if it had been added, alone, to one fixed reference batch.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias,   (mean, var) of merge(reference, moments(x, over="..."))
+
+    No example depends on its batch-mates.
+
+    Args:
+        x: array laid out as `layout`.
+        reference: `moments` of the reference batch at this layer, along axes of the layout.
+        layout: a name for every dimension of `x`.
+        over: the axes averaged within an example.
+        epsilon: added to the variance, in its unit.
+        mask: True where an element of `x` counts; broadcasts as in NumPy.
+        sizes: sizes of the axes that compose a dimension.
+        **options: scale, bias, features, dtype: as in `normalize`.
+
+    Returns:
+        y, of the shape and dtype of `x`.
+
+    Raises:
+        LayoutError: as `moments`, and when `reference` has an axis that the moments of an example lack.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm as jn
+        >>> reference = jn.moments(jnp.array([[1.0], [3.0]]), "n c", "n")
+        >>> (jn.virtual_batch_norm(jnp.array([[5.0], [-1.0]]), reference, epsilon=0.0) ** 2).round(5)[:, 0].tolist()
+        [1.5, 1.5]
+
+    Source: Salimans et al. 2016, "Improved Techniques for Training GANs", section 3.4.
+
+    Differs from: TensorFlow's VBN, which averages E[x^2] - E[x]^2. Flax and torch have none.
+    """
+    own = moments(x, layout, over, mask=mask, sizes=sizes)
+    stats = merge(broadcast_to(reference, own), own)
+    return normalize(x, stats, layout, epsilon=epsilon, mask=mask, sizes=sizes, **options)

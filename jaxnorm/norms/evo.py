@@ -1,0 +1,161 @@
+"""EvoNorms: norm and activation found as one layer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxnorm.elementwise import affine, elementwise, remembering
+from jaxnorm.errors import LayoutError, named
+from jaxnorm.layout import Names, after_first, averaged, first, kept, last, meet, split_axis, text_of
+from jaxnorm.moments import moments
+from jaxnorm.running import RunningStats, update
+
+
+def _b0(x, batch, instance, v, scale, bias):
+    own = instance if v is None else v * x + instance
+    return affine(x / jnp.maximum(batch, own), scale, bias)
+
+
+@named
+def evo_norm_b0(
+    x: ArrayLike,
+    running: RunningStats,
+    layout: Names = "n ... c",
+    over: Names = "n ...",
+    *,
+    v: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    features: Names | None = None,
+    momentum: ArrayLike | None = 0.99,
+    epsilon: ArrayLike = 1e-5,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    debias: bool = False,
+    unbiased: bool = False,
+    sizes: dict[str, int] | None = None,
+    groups: Any = None,
+    train: bool = True,
+) -> tuple[jax.Array, RunningStats]:
+    """EvoNorm B0: batch and instance statistics, whichever is larger, and no activation behind.
+
+        y = x / max(sqrt(var_batch + epsilon), v x + sqrt(var_instance + epsilon)) * scale + bias
+
+    Args:
+        x: array laid out as `layout`, real, the examples first.
+        running: RunningStats along the axes that are not averaged.
+        layout: a name for every dimension of `x`.
+        over: the axes of the batch variance, mapped ones among them; the instance's is over all of them that are
+            dimensions but the first name.
+        v: along `features`; 1 to start with, which none means 0.
+        scale, bias, features: as in `batch_norm`.
+        momentum, debias, unbiased: as in `update`.
+        epsilon: added to both variances, in their unit.
+        mask, weights: which elements count and how much, as in `batch_norm`.
+        sizes, groups: as in `batch_norm`.
+        train: False takes the running variance for the batch's, and changes nothing.
+
+    Returns:
+        y, of the shape and dtype of `x`, and the new RunningStats.
+
+    Raises:
+        LayoutError, AxisError: as `batch_norm`.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm as jn
+        >>> x = jnp.array([[[1.0], [3.0]], [[2.0], [6.0]]])
+        >>> y, _ = jn.evo_norm_b0(x, jn.running_stats(c=1), v=jnp.ones(1), epsilon=0.0)
+        >>> (x / y)[:, :, 0].round(3).tolist()
+        [[2.0, 4.0], [4.0, 8.0]]
+
+    Source: Liu et al. 2020, "Evolving Normalization-Activation Layers", table 2.
+
+    Differs from: the paper, whose running variance is that of a momentum of 0.9. Flax and torch have none.
+    """
+    inner = tuple(name for name in averaged(layout, over) if name != first(layout))
+    along = kept(layout, over) if features is None else features
+
+    @remembering
+    def step(x, running, v, scale, bias):
+        counted = {"mask": mask, "weights": weights, "sizes": sizes}
+        if train:
+            stats = moments(x, layout, over, groups=groups, **counted)
+            running = update(running, stats, momentum, debias=debias, unbiased=unbiased)
+            var, axes = stats.var, stats.axes
+        else:
+            var, axes = running.var, running.axes
+        own = moments(x, layout, inner or "nothing?", **counted)
+        batch, instance = (jnp.sqrt(z + jnp.asarray(epsilon, z.dtype)) for z in (var, own.var))
+        arrays = (batch, axes), (instance, own.axes), (v, along), (scale, along), (bias, along)
+        return elementwise(_b0, x, layout, *arrays, **counted), running
+
+    return step(jnp.asarray(x), running, *(None if z is None else jnp.asarray(z) for z in (v, scale, bias)))
+
+
+def _s0(x, deviation, v, scale, bias):
+    swish = x * jax.nn.sigmoid(x if v is None else v * x)
+    return affine(swish / deviation, scale, bias)
+
+
+@named
+def evo_norm_s0(
+    x: ArrayLike,
+    num_groups: int,
+    layout: Names = "n ... c",
+    *,
+    v: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    features: Names | None = None,
+    epsilon: ArrayLike = 1e-5,
+    mask: ArrayLike | None = None,
+    sizes: dict[str, int] | None = None,
+) -> jax.Array:
+    """EvoNorm S0: swish over the deviation of a group. Of one example alone, and no activation behind.
+
+        y = x sigmoid(v x) / sqrt(var_group + epsilon) * scale + bias
+
+    Args:
+        x: array laid out as `layout`, real, the examples first.
+        num_groups: into how many groups the features axis is split; it must divide its size.
+        layout: a name for every dimension of `x`.
+        v: along the features axis; 1 to start with, which none means too.
+        scale, bias: along the features axis; none means 1 and 0.
+        features: the axis that is split; by default the last name of the layout.
+        epsilon: added to the variance, in its unit.
+        mask: True where an element counts; broadcasts as in NumPy.
+        sizes: sizes of the axes that compose a dimension.
+
+    Returns:
+        y, of the shape and dtype of `x`.
+
+    Raises:
+        LayoutError: as `group_norm`.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm as jn
+        >>> x = jnp.array([[[0.0], [40.0]]])
+        >>> jn.evo_norm_s0(x, 1, epsilon=0.0)[0, :, 0].tolist()
+        [0.0, 2.0]
+
+    Source: Liu et al. 2020, "Evolving Normalization-Activation Layers", table 2.
+
+    Differs from: Flax and torch have none; timm's EvoNorm2dS0 is the same.
+    """
+    c = last(layout) if features is None else text_of(features)
+    rows, split, member = split_axis(layout, c)
+    length = meet(layout, jnp.shape(x), sizes).size(c)
+    if not isinstance(num_groups, int) or num_groups < 1 or length % num_groups:
+        raise LayoutError(f"num_groups={num_groups!r} does not divide the {length} entries along {c!r}.")
+    sizes = {**(sizes or {}), f"{c}_group": num_groups}
+
+    @remembering
+    def step(x, v, scale, bias):
+        stats = moments(x, rows, (*after_first(layout, c), member), mask=mask, sizes=sizes)
+        deviation = jnp.sqrt(stats.var + jnp.asarray(epsilon, stats.var.dtype))
+        arrays = (deviation, stats.axes), (v, split), (scale, split), (bias, split)
+        return elementwise(_s0, x, rows, *arrays, mask=mask, sizes=sizes)
+
+    return step(*(None if z is None else jnp.asarray(z) for z in (x, v, scale, bias)))
