@@ -14,6 +14,7 @@ from jaxnorm.errors import ArgumentError, LayoutError, named
 from jaxnorm.layout import ELLIPSIS, Names, kept, meet, parse_list, place
 from jaxnorm.mapped import Groups
 from jaxnorm.operands import operands
+from jaxnorm.sharded import keep_sharding
 from jaxnorm.stats import Stats, pool, ratio
 
 
@@ -226,7 +227,7 @@ def broadcast_to(m: Moments, like: Moments) -> Moments:
     own = meet(m.axes, m.mean.shape, what="moments").names
 
     def onto(z: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(place(jnp.asarray(z), own, frame, "moments"), like.mean.shape)
+        return keep_sharding(jnp.broadcast_to(place(jnp.asarray(z), own, frame, "moments"), like.mean.shape), like.mean)
 
     return Moments(*(onto(jnp.broadcast_to(z, m.mean.shape)) for z in (m.count, m.mean, m.m2)), like.axes)
 

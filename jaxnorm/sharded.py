@@ -71,6 +71,12 @@ def keep_sharding(new: jax.Array, old: jax.Array) -> jax.Array:
     return jax.reshard(new, NamedSharding(mesh, wanted.spec))
 
 
+def replicated(z: jax.Array) -> NamedSharding | None:
+    """Whole on every device, where Explicit axis types ask how the result of a contraction of z shall lie."""
+    sharding = jax.typeof(z).sharding
+    return NamedSharding(sharding.mesh, P()) if any(name is not None for name in sharding.spec) else None
+
+
 def cut_of(x: jax.Array, dims: tuple[int, ...]) -> Cut | None:
     """How x is cut along the dimensions that are averaged, as far as it can be known when the call is traced.
 

@@ -87,3 +87,7 @@ def test_readme(line, code, tmp_path, monkeypatch):
 
 def test_readme_has_code():
     assert len(BLOCKS) >= 3
+
+
+def test_readme_has_the_table_of_norms():
+    assert jn.norms().markdown() in README.read_text()

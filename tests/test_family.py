@@ -479,3 +479,32 @@ def test_the_table_prints():
     assert rows["FiLM"].function is jn.film
     with pytest.raises(KeyError, match="no norm 'laier'"):
         rows["laier"]
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=["Auto", "Explicit"])
+@every_case
+def test_jit_over_sharded_examples(case, kind):
+    """No name in `over`: the numbers are those of the whole batch."""
+    x, p, mask, cotangent = case.sample()
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(kind,), devices=jax.devices()[:2])
+    rows, whole = jax.NamedSharding(mesh, P("devices")), jax.NamedSharding(mesh, P())
+    if case.shape[0] != N:  # a kernel
+        rows = jax.NamedSharding(mesh, P(None, None, "devices"))
+
+    def step(x, p, w, mask):
+        def loss(x, p):
+            y, state = case.ours(x, p, case.state, mask, alone)
+            return jnp.sum(y * w), (y, state)
+
+        return jax.grad(loss, (0, 1), has_aux=True)(x, p)
+
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((x, cotangent, mask), rows)
+        (dx, dp), (y, state) = jax.jit(step)(placed[0], jax.device_put(p, whole), *placed[1:])
+    expected, carried = case.paper(x, p, arrays(case.state), mask)
+    close(y, expected, **case.close)
+    for found, wanted in zip(arrays(state), carried or (), strict=True):
+        close(found, wanted)
+    (dx1, dp1), _ = jax.jit(step)(x, p, cotangent, mask)
+    for found, wanted in zip(jax.tree.leaves((dx, dp)), jax.tree.leaves((dx1, dp1)), strict=True):
+        close(found, wanted, rtol=1e-5, atol=1e-5 * max(1, np.abs(wanted).max()))

@@ -15,6 +15,7 @@ from jaxnorm.moments import moments, named_sizes
 from jaxnorm.normalize import normalize, standardize
 from jaxnorm.norms.layer import squares
 from jaxnorm.operands import inexact
+from jaxnorm.sharded import replicated
 from jaxnorm.stats import wide
 
 
@@ -267,7 +268,9 @@ def spectral_norm(
             f"the state is of outputs {state.u.shape}, over=\"{text_of(over)}\" leaves "
             f"{tuple(frame.sizes[i] for i in outputs)}.\n{frame.given}"
         )
-    matrix = jnp.transpose(kernel.astype(wide(kernel.dtype)), rows + outputs).reshape(-1, state.u.size)
+    whole = replicated(kernel)  # a power iteration contracts all axes of it in turn
+    matrix = kernel if whole is None else jax.reshard(kernel, whole)
+    matrix = jnp.transpose(matrix.astype(wide(kernel.dtype)), rows + outputs).reshape(-1, state.u.size)
     u = state.u.reshape(-1).astype(matrix.dtype)
     fixed = jax.lax.stop_gradient(matrix)
 

@@ -14,6 +14,7 @@ from jaxnorm.layout import Names, kept, last
 from jaxnorm.moments import Moments, moments, named_sizes
 from jaxnorm.operands import check_epsilon, feature_array, operands
 from jaxnorm.running import RunningStats, update
+from jaxnorm.sharded import replicated
 from jaxnorm.stats import clean, ratio
 
 
@@ -133,37 +134,38 @@ def _whiten(root, x, running, layout, over, scale, bias, momentum, epsilon, mask
     def step(x, slots, running, scale, bias):
         z = jnp.moveaxis(clean(x, x, slots), dim, -1)
 
-        def rows(a):  # (elements, groups, members)
-            return jnp.broadcast_to(jnp.moveaxis(a, dim, -1), z.shape).reshape(-1, z.shape[-1] // size, size)
+        def rows(a):  # (..., groups, members)
+            return jnp.broadcast_to(jnp.moveaxis(a, dim, -1), z.shape).reshape(*z.shape[:-1], z.shape[-1] // size, size)
 
         def back(a):
             return jnp.moveaxis(a.reshape(z.shape), -1, dim)
 
         if train:
             # A place counts for a group where all channels of the group count: only so is a covariance positive.
-            counts = jnp.ones((1, 1, 1), z.dtype)
+            counts = jnp.ones((1,) * (z.ndim + 1), z.dtype)
             if slots.valid is not None:
                 counts = rows(slots.valid).all(-1, keepdims=True).astype(z.dtype)
             if slots.weights is not None:
                 counts = counts * rows(slots.weights)[..., :1].astype(z.dtype)
-            counts = jnp.broadcast_to(counts, (*rows(x).shape[:2], size))
+            counts = jnp.broadcast_to(counts, rows(x).shape)
             stats = moments(x, layout, over, weights=back(counts), groups=groups)
-            centred = rows(clean(x, x, slots)) - stats.mean.reshape(1, -1, size)
+            centred = rows(clean(x, x, slots)) - stats.mean.reshape(*(1,) * (z.ndim - 1), -1, size)
             counted = jnp.where(counts > 0, centred, 0)
-            sums = jnp.einsum("ngi,ngj->gij", counted * counts, counted)
+            sums = jnp.einsum("...gi,...gj->gij", counted * counts, counted, out_sharding=replicated(x))
             sums = op.plan.mapped.total(sums, slots.member)
             count, mean = stats.count.reshape(-1, size)[:, :1, None], stats.mean
             cov = ratio(sums, jnp.broadcast_to(count, sums.shape))
             running = _updated(running, stats, cov, momentum)
         else:
             cov, mean = running.cov.astype(z.dtype), running.mean.astype(z.dtype)
-            centred = rows(clean(x, x, slots)) - mean.reshape(1, -1, size)
+            centred = rows(clean(x, x, slots)) - mean.reshape(*(1,) * (z.ndim - 1), -1, size)
         w = root(cov + check_epsilon(epsilon, op.x.dtype) * jnp.eye(size, dtype=z.dtype)[None])
-        y = jnp.einsum("gij,ngj->ngi", w, centred)
+        y = jnp.einsum("gij,...gj->...gi", w, centred)
         if slots.valid is not None:
             # A channel that is masked at a place is whitened there like the rest, and is not mixed into the others.
-            valid, own = rows(slots.valid), jnp.diagonal(w, axis1=-2, axis2=-1)[None]
-            y = jnp.einsum("gij,ngj->ngi", w, jnp.where(valid, centred, 0)) + jnp.where(valid, 0, centred) * own
+            valid, own = rows(slots.valid), jnp.diagonal(w, axis1=-2, axis2=-1)
+            y = jnp.einsum("gij,...gj->...gi", w, jnp.where(valid, centred, 0))
+            y = y + jnp.where(valid, 0, centred) * own.reshape(*(1,) * (z.ndim - 1), *own.shape)
         y = affine(back(y), scale, bias)
         return y.astype(op.plan.dtype), running
 
