@@ -9,8 +9,6 @@ from jaxnorm.norms.batch import (
     batch_renorm,
     frozen_batch_norm,
     ghost_batch_norm,
-    select_stats,
-    split_batch_norm,
     streaming_norm,
     virtual_batch_norm,
 )
@@ -39,6 +37,7 @@ from jaxnorm.norms.layer import (
 )
 from jaxnorm.norms.mixed import batch_channel_norm, switchable_norm
 from jaxnorm.norms.response import filter_response_norm, global_response_norm, local_response_norm
+from jaxnorm.norms.sets import select_stats, split_batch_norm
 from jaxnorm.norms.weights import (
     SpectralState,
     map_kernels,

@@ -14,6 +14,7 @@ from jaxnorm.norms import (
     layer,
     mixed,
     response,
+    sets,
     weights,
     whitening,
 )
@@ -82,7 +83,7 @@ weight standardization | WeightStandardization   | ... o       | ...   | o      
 scaled weight standardization | ScaledWeightStandardization | ... o | ... | o | none | Brock et al. 2021
 spectral               | SpectralNorm            | ... o       | ...   |         | direction  | Miyato et al. 2018
 """
-FAMILIES = (basic, batch, conditional, cross_iteration, dynamic, evo, layer, mixed, response, weights, whitening)
+FAMILIES = (basic, batch, sets, conditional, cross_iteration, dynamic, evo, layer, mixed, response, weights, whitening)
 COLUMNS = ["name", "function", "module", "layout", "over", "features", "state", "paper"]
 
 

@@ -272,8 +272,8 @@ CASES = [
         sharded=0, constants=streaming_fixed,
     ),
     Case(
-        "cross-iteration batch", cross_iteration, paper_cross_iteration, ("scale", "bias", "kernel"), HISTORY, sharded=0,
-        close={"rtol": 2e-5, "atol": 2e-6},  # masked, a channel of z has a deviation of 1e-2 of what is masked
+        "cross-iteration batch", cross_iteration, paper_cross_iteration, ("scale", "bias", "kernel"), HISTORY,
+        sharded=0, close={"rtol": 2e-5, "atol": 2e-6},  # what counts of a channel deviates little, the rest a lot
     ),
     Case("virtual batch", virtual, paper_virtual, sharded=1),
     Case(

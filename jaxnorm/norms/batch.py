@@ -1,13 +1,13 @@
-"""The family of batch norm: other batches, other statistics to normalize with, other sets of them."""
+"""The family of batch norm: other batches, and other statistics to normalize with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm.errors import ArgumentError, LayoutError, named, nearest
+from jaxnorm.errors import LayoutError, named
 from jaxnorm.layout import Names, first, kept, meet, parse
 from jaxnorm.moments import Moments, broadcast_to, merge, moments
 from jaxnorm.normalize import normalize
@@ -156,101 +156,6 @@ def batch_renorm(
         epsilon=epsilon, mask=mask, weights=weights, sizes=options.get("sizes"),
     )  # fmt: skip
     return y, update(running, stats, momentum, debias=debias, unbiased=unbiased)
-
-
-@named
-def split_batch_norm(
-    x: ArrayLike,
-    running: RunningStats | Mapping[str, RunningStats],
-    which: Any,
-    layout: Names = "... c",
-    over: Names = "...",
-    **options: Any,
-) -> tuple[jax.Array, Any]:
-    """Batch norm with several sets of running statistics, one for each kind of data, under one scale and bias.
-
-        y, running[which] = batch_norm(x, running[which], ...)
-
-    Kinds are clean and adversarial, real and fake, one for each domain.
-
-    Args:
-        x: array laid out as `layout`, all of one set.
-        running: a dict of RunningStats by name; or one RunningStats whose first axis is the set, as
-            `running_stats("set c", set=2, c=64)`, where `which` may be traced.
-        which: the name of the set, or its index.
-        layout, over: as in `batch_norm`.
-        **options: scale, bias, features, momentum, epsilon, mask, weights, debias, unbiased, sizes, groups: as in
-            `batch_norm`.
-
-    Returns:
-        y, of the shape and dtype of `x`, and `running` with the one set updated. `num_updates` of stacked statistics
-        is shared: with `debias` or `momentum=None` keep a dict.
-
-    Raises:
-        LayoutError, AxisError: as `batch_norm`.
-        ValueError: (ArgumentError) when there is no such set, or `debias` and `momentum=None` meet stacked statistics.
-
-    Example:
-        >>> import jax.numpy as jnp, jaxnorm as jn
-        >>> running = {"clean": jn.running_stats(c=1), "adversarial": jn.running_stats(c=1)}
-        >>> y, running = jn.split_batch_norm(jnp.array([[1.0], [3.0]]), running, "clean", momentum=0.5)
-        >>> running["clean"].mean.tolist(), running["adversarial"].mean.tolist()
-        ([1.0], [0.0])
-
-        >>> stacked = jn.running_stats("set c", set=2, c=1)
-        >>> y, stacked = jn.split_batch_norm(jnp.array([[1.0], [3.0]]), stacked, jnp.array(1), momentum=0.5)
-        >>> stacked.mean.tolist()
-        [[0.0], [1.0]]
-
-    Source: Xie et al. 2020, "Adversarial Examples Improve Image Recognition", section 4 (auxiliary batch norm).
-
-    Differs from: timm's SplitBatchNorm, which cuts every batch into fixed parts. Flax has none.
-    """
-    own = select_stats(running, which)
-    if isinstance(running, RunningStats) and (options.get("debias") or options.get("momentum", 0.0) is None):
-        raise ArgumentError("stacked statistics share num_updates: debias and momentum=None need a dict of them.")
-    y, new = batch_norm(x, own, layout, over, **options)
-    if isinstance(running, Mapping):
-        return y, {**running, which: new}
-    mean, var = (old.at[which].set(z) for old, z in ((running.mean, new.mean), (running.var, new.var)))
-    return y, RunningStats(mean, var, new.num_updates, running.axes)
-
-
-@named
-def select_stats(running: RunningStats | Mapping[str, RunningStats], which: Any) -> RunningStats:
-    """One set of the running statistics of `split_batch_norm`, for evaluation with `normalize`.
-
-        running[which]
-
-    Args:
-        running: a dict of RunningStats, or one RunningStats whose first axis is the set.
-        which: a name, or an index, traced or not. As everywhere in JAX a traced index out of range is clamped.
-
-    Returns:
-        RunningStats of that set.
-
-    Raises:
-        ValueError: (ArgumentError) when there is no such set.
-
-    Example:
-        >>> import jaxnorm as jn
-        >>> jn.select_stats(jn.running_stats("set c", set=3, c=2), 1).mean.shape
-        (2,)
-
-    Source: Xie et al. 2020, section 4.
-
-    Differs from: Flax and torch, where a set of statistics is a module of its own.
-    """
-    if isinstance(running, Mapping):
-        if not isinstance(which, str) or which not in running:
-            known = ", ".join(map(repr, running))
-            raise ArgumentError(f"there are no statistics {which!r}, only {known}.{nearest(str(which), running)}")
-        return running[which]
-    if isinstance(which, str) or jnp.shape(which) or not jnp.issubdtype(jnp.result_type(which), jnp.integer):
-        raise ArgumentError(f"which must be one integer, the index along {running.axes[0]!r}, got {which!r}.")
-    if isinstance(which, int) and not 0 <= which < len(running.mean):
-        raise ArgumentError(f"there is no set {which} along {running.axes[0]!r}, which has {len(running.mean)}.")
-    return RunningStats(running.mean[which], running.var[which], running.num_updates, running.axes[1:])
 
 
 @named

@@ -1,0 +1,153 @@
+"""What the papers say of their own norms' limits, the normalizer, the tree of kernels, and PEERS.md row 11."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import papers
+import pytest
+import reference
+from family import CASES, RUNNING, C, H
+from test_family import close, same
+
+import jaxnorm as jn
+
+
+def test_the_limits_of_the_papers():
+    x, p, mask, _ = CASES[0].sample()
+    scale, bias = p["scale"], p["bias"]
+    options = {"scale": scale, "bias": bias, "mask": mask}
+
+    @jax.jit
+    def everything(x):
+        batch, running = jn.batch_norm(x, RUNNING, "n h c", "n h", **options)
+        switch = [jn.switchable_norm(x, RUNNING, hot, hot, "n h c", "n h", **options)[0] for hot in 200 * jnp.eye(3)]
+        whitened = [f(x, jn.running_covariance(2, c=C), "n h c", "n h", epsilon=1e-6)[0] for f in
+                    (jn.decorrelated_batch_norm, functools.partial(jn.iterative_norm, num_iterations=15))]  # fmt: skip
+        return {
+            "one ghost": jn.ghost_batch_norm(x, RUNNING, 1, "n h c", "n h", **options), "batch": (batch, running),
+            "renorm": jn.batch_renorm(x, RUNNING, "n h c", "n h", r_max=1.0, d_max=0.0, **options),
+            "switch": switch, "whitened": whitened,
+            "instance": jn.instance_norm(x, "n h c", "h", epsilon=1e-5, **options),
+            "layer": jn.standardize(x, "n h c", "h c", features="c", **options)[0],
+            "unlimited": jn.batch_renorm(x, RUNNING, "n h c", "n h", r_max=1e9, d_max=1e9, **options)[0],
+            "evaluation": jn.normalize(x, RUNNING, "n h c", scale=scale, bias=bias),
+            "partial": jn.partial_rms_norm(x, 1.0, "n h c"), "rms": jn.rms_norm(x, "n h c"),
+            "virtual": jn.virtual_batch_norm(x, jn.empty_moments("c", c=C), "n h c", "h", **options),
+        }  # fmt: skip
+
+    got = everything(x)
+    for name in "one ghost", "renorm":
+        jax.tree.map(close, got[name], got["batch"])
+    for found, wanted in zip(got["switch"], (got["instance"], got["layer"], got["batch"][0]), strict=True):
+        close(found, wanted)
+    close(got["unlimited"], got["evaluation"], rtol=1e-5, atol=1e-5)
+    close(got["partial"], got["rms"])
+    close(got["virtual"], got["instance"])
+    for y in got["whitened"]:
+        z = np.asarray(y, np.float64).reshape(-1, C // 2, 2)
+        covariance = np.einsum("ngi,ngj->gij", z, z) / len(z)
+        close(covariance, np.broadcast_to(np.eye(2), covariance.shape), atol=2e-5)
+
+
+def test_whitening_where_eigenvalues_meet():
+    """Two channels of one variance and no covariance: eigenvectors have no derivative there, the whitening has."""
+    with jax.enable_x64(True):
+        x = jnp.array([[2.0, 1.0], [-2.0, -1.0], [1.0, -2.0], [-1.0, 2.0]])
+        w = jnp.asarray(np.random.default_rng(0).normal(size=x.shape))
+
+        def loss(x):
+            y, _ = jn.decorrelated_batch_norm(x, jn.running_covariance(2, c=2), "n c", "n")
+            return jnp.sum(y * w)
+
+        def paper(x):
+            return np.sum(papers.decorrelated_batch_norm(x, np.zeros(2), np.eye(2)[None])[0] * np.asarray(w))
+
+        close(jax.grad(loss)(x), reference.gradients(paper, (x,))[0], rtol=1e-6, atol=1e-6)
+
+
+def test_weight_norm_starts_as_the_identity():
+    kernel = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32)
+    close(jn.weight_norm(kernel, scale=np.sqrt((kernel**2).sum((0, 1)))), kernel)
+
+
+def test_spectral_norm_finds_the_largest_singular_value():
+    kernel = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32)
+    start = jn.spectral_state(jax.random.key(0), o=4)
+    found, state = jax.jit(functools.partial(jn.spectral_norm, num_steps=100))(kernel, start)
+    sigma = np.linalg.svd(kernel.reshape(-1, 4).astype(np.float64))[1][0]
+    close(state.sigma, sigma)
+    close(found, kernel / sigma)
+    unchanged, still = jn.spectral_norm(kernel, state, num_steps=0)
+    close(unchanged, found)
+    same(still.u, state.u)
+
+
+def test_cross_iteration_over_steps():
+    """Three steps of one layer, its kernel moving: what is past is moved to the kernel of now."""
+    rng = np.random.default_rng(0)
+    history, past = jn.cross_iteration_history(jnp.zeros((C, C)), window=3), []
+    step = jax.jit(functools.partial(jn.cross_iteration_batch_norm, lambda k, x: x @ k, layout="n c", over="n"))
+    kernel = rng.normal(size=(C, C)).astype(np.float32)
+    for _ in range(5):
+        x = rng.normal(1.0, 2.0, (6, C)).astype(np.float32)
+        y, history = step(kernel, x, history)
+        expected, past = papers.cross_iteration_batch_norm(lambda k, x: x @ k, kernel, x.astype(float), past, window=3)
+        close(y, expected, rtol=1e-5, atol=1e-5)
+        kernel = kernel + 0.05 * rng.normal(size=(C, C)).astype(np.float32)
+
+
+def test_the_normalizer():
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(1e3, 2.0, (size, C)).astype(np.float32) for size in (1, 7, 0, 30)]
+    fresh = normalizer = jn.normalizer(c=C)
+    observe = jax.jit(lambda normalizer, x: normalizer.observe(x))
+    for part in parts:
+        normalizer = observe(normalizer, part)
+    x = np.concatenate(parts).astype(float)
+    close(normalizer.moments.mean, x.mean(0), rtol=1e-6)
+    close(normalizer.moments.var, x.var(0), rtol=1e-4)
+    y = normalizer.normalize(parts[-1])
+    close(y, (parts[-1] - x.mean(0)) / x.std(0), atol=2e-4)  # the mean is a float32: to 1e3 * 6e-8 of it
+    close(normalizer.denormalize(y), parts[-1], rtol=1e-6)
+    close(normalizer.normalize(parts[-1], clip=0.5), np.clip(y, -0.5, 0.5))
+    same(fresh.normalize(parts[-1]), parts[-1])
+    with pytest.raises(ValueError, match="clip must be positive"):
+        fresh.normalize(parts[-1], clip=-1.0)
+
+
+def test_peers_11_group_norm_with_axes_left_out():
+    """nnx GroupNorm is wrong where reduction_axes leaves axis 1: the row by name is right, frame by frame."""
+    x = np.random.default_rng(0).normal(size=(2, 3, H, C)).astype(np.float32)
+    y, _ = jn.standardize(x, "n t h (g k)", "h k", sizes={"g": 2}, epsilon=1e-6)
+    frames = [[reference.standardize(x[n, t], "h (g k)", "h k", sizes={"g": 2}, epsilon=1e-6)[0] for t in range(3)]
+              for n in range(2)]  # fmt: skip
+    close(y, np.array(frames))
+
+
+def test_map_kernels():
+    params = {"a": {"kernel": np.ones((3, 2), np.float32), "bias": np.zeros(2)}, "b": {"kernel": np.eye(2)}}
+    states = {"a": {"kernel": jn.spectral_state(jax.random.key(0), o=2)},
+              "b": {"kernel": jn.spectral_state(jax.random.key(1), o=2)}}  # fmt: skip
+    new, after = jn.map_kernels(functools.partial(jn.spectral_norm, num_steps=30), params, states)
+    close(new["a"]["kernel"], np.ones((3, 2)) / np.sqrt(6))
+    close(after["a"]["kernel"].sigma, np.sqrt(6))
+    assert new["a"]["bias"] is params["a"]["bias"]
+    only_b = jn.map_kernels(lambda k: 2 * k, params, where=lambda path, leaf: path[0] == "b")
+    close(only_b["b"]["kernel"], 2 * np.eye(2))
+    assert only_b["a"]["kernel"] is params["a"]["kernel"]
+    with pytest.raises(ValueError, match="no leaf of params"):
+        jn.map_kernels(lambda k: k, params, where="weight")
+
+
+def test_the_table_prints():
+    rows = jn.norms()
+    text, page, readme = str(rows), rows._repr_html_(), rows.markdown()
+    for row in rows:
+        for shown in text, page, readme:
+            assert row.name in shown
+            assert row.paper in shown
+    assert rows["FiLM"].function is jn.film
+    with pytest.raises(KeyError, match="no norm 'laier'"):
+        rows["laier"]
