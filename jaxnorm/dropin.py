@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxnorm.errors import ArgumentError, AxisError, LayoutError, nearest, point
 from jaxnorm.layout import (
     ELLIPSIS,
+    Frame,
     Names,
     after_first,
     averaged,
@@ -34,6 +35,7 @@ from jaxnorm.layout import (
 from jaxnorm.mapped import Groups, is_mapped
 from jaxnorm.moments import Moments
 from jaxnorm.normalize import normalize, standardize
+from jaxnorm.norms.conditional import offset_scale
 from jaxnorm.running import RunningStats, update
 
 NOTHING = ("nothing?",)  # over no axis at all: one that may be absent, and is
@@ -51,16 +53,40 @@ class Row:
 
     def lengths(self, names: Names, shape: tuple[int, ...]) -> tuple[int, ...]:
         """How long an x of `shape` is along `names`; a composed dimension counts whole."""
-        frame = meet(self.layout, shape, self.sizes)
-        dims: list[tuple[str, ...]] = []
-        for dim in parse(names):
-            dims.extend([(name,) for name in frame.ellipsis] if dim == (ELLIPSIS,) else [dim])
-        return tuple(math.prod(frame.size(name) for name in dim) for dim in dims)
+        return lengths_of(meet(self.layout, shape, self.sizes), names)
 
     @property
     def running(self) -> tuple[str, ...]:
         """The axes of running statistics: those features that are not averaged. Ghosts are averaged later."""
         return tuple(name for name in flat(parse(self.features)) if name in kept(self.layout, self.over))
+
+
+Arrays = tuple[jax.Array | None, jax.Array | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """scale and bias that a call brings, in the place of parameters."""
+
+    scale: Any = None
+    bias: Any = None
+    features: Names | None = None
+
+    def beside(self, own: Arrays, along: Names) -> tuple[jax.Array | None, jax.Array | None, Names]:
+        """scale, bias and their features, when the module has its `own` along `along`."""
+        arrays = []
+        for name, mine, theirs in zip(("scale", "bias"), own, (self.scale, self.bias), strict=True):
+            if mine is not None and theirs is not None:
+                raise ArgumentError(
+                    f"{name} is given in the call, and is a parameter too. Build the module with use_{name}=False."
+                )
+            arrays.append(mine if theirs is None else jnp.asarray(theirs))
+        if self.features is not None and any(mine is not None for mine in own):
+            raise ArgumentError(
+                f'features="{text_of(self.features)}" is of a scale and a bias given in the call, and the module has a '
+                f'parameter along "{text_of(along)}". Build it with use_scale=False and use_bias=False.'
+            )
+        return arrays[0], arrays[1], along if self.features is None else self.features
 
 
 class Norm:
@@ -94,7 +120,7 @@ class Norm:
         """At construction: one language, that can be read, in values that can be hashed."""
         defaults = {"axis_name": None, "axis_index_groups": None, **self._axes}
         for name in ("sizes", *defaults):
-            setattr(self, name, _hashable(getattr(self, name)))
+            setattr(self, name, hashable(getattr(self, name)))
         ours = self._named()
         theirs = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
         with naming(self):
@@ -106,20 +132,7 @@ class Norm:
                 )
             if self.axis_index_groups is not None and len(_tuple(self.axis_name)) > 1:
                 raise LayoutError(f"axis_index_groups cuts one mapped axis, axis_name={self.axis_name!r} are several.")
-            layout, features = self.layout or self._default_layout, self.features
-            names = flat(parse(layout))
-            listed = () if self.over is None else parse_list(self.over, "over")
-            if self.layout is None and listed and not averaged(layout, self.over or ()):
-                raise LayoutError(
-                    f'over="{text_of(self.over or ())}" names no dimension of the layout "{text_of(layout)}". '
-                    "Name the dimensions with layout=, or averaged ones that it has."
-                )
-            for name in flat(parse(features or (), "features")):
-                if name not in names:
-                    raise LayoutError(
-                        f"features names {name!r}, which the layout lacks.{nearest(name, names)}\n"
-                        f'{point(text_of(features or ()), name, "features")}\n  layout "{text_of(layout)}"'
-                    )
+            check_names(self.layout, self._default_layout, self.over, self.features)
 
     def _row(self, shape: tuple[int, ...], sync: bool = True) -> Row:
         """This norm for an x of `shape`; without `sync`, of this device alone."""
@@ -138,6 +151,22 @@ class Norm:
         if not sync:
             over, groups = averaged(layout, over) or NOTHING, None
         return Row(layout, over, features, dict(self.sizes or ()), groups)
+
+    def _along(self, features: Names) -> Names:
+        """What a call says of its scale and bias, in the words of the row."""
+        return features
+
+    def _affine(self, row: Row, own: Arrays, given: Given) -> tuple[Row, jax.Array | None, jax.Array | None]:
+        """The row, scale and bias: the module's own, or those of the call."""
+        if given.features is not None and not self._named():
+            raise LayoutError(
+                f'features="{text_of(given.features)}" in the call needs names for the dimensions: give the module its '
+                "layout."
+            )
+        scale, bias, features = given.beside(own, row.features)
+        if given.features is not None:
+            row = dataclasses.replace(row, features=self._along(features))
+        return row, scale, bias
 
     def _standardize(self, x, row: Row, scale, bias, dtype, *, mask, weights) -> tuple[jax.Array, Moments]:
         return standardize(
@@ -197,6 +226,10 @@ class RMS(Layer):
     """Layer, not centred."""
 
     _center = False
+    scale_offset: float
+
+    def _standardize(self, x, row: Row, scale, bias, dtype, **slots):
+        return super()._standardize(x, row, offset_scale(scale, self.scale_offset), bias, dtype, **slots)
 
 
 class Instance(Norm):
@@ -242,6 +275,12 @@ class Group(Norm):
     def _groups(self, channels: int) -> int:
         return groups_of(channels, self.num_groups, self.group_size)
 
+    def _along(self, features):
+        layout = self.layout or self._default_layout
+        c = text_of(last(layout) if self.features is None else self.features)
+        split = split_axis(layout, c)[1]
+        return tuple(split if name == c else name for name in parse_list(features, "features"))
+
     def _row(self, shape: tuple[int, ...], sync: bool = True) -> Row:
         row = super()._row(shape, sync)
         c, over = text_of(row.features), parse_list(row.over, "over")
@@ -271,10 +310,36 @@ def groups_of(channels: int, num_groups: int | None, group_size: int | None) -> 
     return size if group_size is None else channels // size
 
 
-def _hashable(value: Any) -> Any:
+def lengths_of(frame: Frame, names: Names) -> tuple[int, ...]:
+    """The sizes along `names`; a composed dimension counts whole."""
+    dims: list[tuple[str, ...]] = []
+    for dim in parse(names):
+        dims.extend([(name,) for name in frame.ellipsis] if dim == (ELLIPSIS,) else [dim])
+    return tuple(math.prod(frame.size(name) for name in dim) for dim in dims)
+
+
+def check_names(layout: Names | None, default: Names, over: Names | None, features: Names | None) -> None:
+    """What can be said of the names before there is an x."""
+    given, layout = layout is not None, layout or default
+    names = flat(parse(layout))
+    listed = () if over is None else parse_list(over, "over")
+    if not given and listed and not averaged(layout, over or ()):
+        raise LayoutError(
+            f'over="{text_of(over or ())}" names no dimension of the layout "{text_of(layout)}". '
+            "Name the dimensions with layout=, or averaged ones that it has."
+        )
+    for name in flat(parse(features or (), "features")):
+        if name not in names:
+            raise LayoutError(
+                f"features names {name!r}, which the layout lacks.{nearest(name, names)}\n"
+                f'{point(text_of(features or ()), name, "features")}\n  layout "{text_of(layout)}"'
+            )
+
+
+def hashable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return tuple(value.items())
-    return tuple(_hashable(v) for v in value) if isinstance(value, list | tuple) else value
+    return tuple(hashable(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def _tuple(names: Any) -> tuple:
@@ -326,5 +391,8 @@ def naming(module: Any, path: tuple[str, ...] = ()):
         yield
     except (ArgumentError, AxisError, LayoutError) as error:
         kind = type(module)
-        error.call = f"{kind.__module__}.{kind.__qualname__}" + (f" {'/'.join(path)!r}" if path else "")
+        home = kind.__module__
+        if home.startswith("jaxnorm."):
+            home = ".".join(home.split(".")[:2])  # from where it is imported, not the file it is written in
+        error.call = f"{home}.{kind.__qualname__}" + (f" {'/'.join(path)!r}" if path else "")
         raise

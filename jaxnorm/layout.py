@@ -126,6 +126,17 @@ def first(layout: Names) -> str:
     return dim[0]
 
 
+def channels(layout: Names, over: Names) -> str:
+    """The one axis that `over` leaves: the channels, wherever in the layout they stand."""
+    names = kept(layout, over)
+    if len(names) != 1 or names == (ELLIPSIS,):
+        raise LayoutError(
+            f'over="{text_of(over)}" must leave one axis of the layout "{text_of(layout)}", the channels, and leaves '
+            f"{' and '.join(map(repr, names)) or 'none'}."
+        )
+    return names[0]
+
+
 def split_axis(layout: Names, axis: str) -> tuple[tuple[str, ...], str, str]:
     """One plain axis of a layout in groups. Gives the layout, its new dimension and the name of a group's members.
 

@@ -202,7 +202,9 @@ def merge(*moments: Moments) -> Moments:
             raise LayoutError(f"moments along {head.axes} have shapes {head.mean.shape} and {m.mean.shape}.")
     mean_dtype = functools.reduce(np.promote_types, (m.mean.dtype for m in same))
     real_dtype = functools.reduce(np.promote_types, (m.m2.dtype for m in same))
-    count = jnp.stack([jnp.broadcast_to(m.count, m.mean.shape).astype(real_dtype) for m in same])
+    count = jnp.stack(
+        [keep_sharding(jnp.broadcast_to(m.count, m.mean.shape).astype(real_dtype), m.mean) for m in same]
+    )
     mean = jnp.stack([m.mean.astype(mean_dtype) for m in same])
     m2 = jnp.stack([m.m2.astype(real_dtype) for m in same])
     n, shift, offset, m2 = pool(count, mean, jnp.zeros_like(mean), m2)
@@ -221,6 +223,12 @@ def transpose_to(m: Moments, axes: tuple[str, ...]) -> Moments:
     return Moments(jnp.transpose(m.count, order), jnp.transpose(m.mean, order), jnp.transpose(m.m2, order), axes)
 
 
+def known(mean: jax.Array, var: jax.Array, like: Moments) -> Moments:
+    """Moments of this mean and variance along the axes of `like`, and of nothing where those are of nothing."""
+    some = jnp.where(like.count > 0, 1, 0).astype(var.dtype)
+    return Moments(jnp.broadcast_to(some, var.shape), mean, var, like.axes)
+
+
 def broadcast_to(m: Moments, like: Moments) -> Moments:
     """The same moments, matched by name, for every entry of `like` along the axes that they lack."""
     frame = meet(like.axes, like.mean.shape, what="moments")
@@ -229,7 +237,8 @@ def broadcast_to(m: Moments, like: Moments) -> Moments:
     def onto(z: jax.Array) -> jax.Array:
         return keep_sharding(jnp.broadcast_to(place(jnp.asarray(z), own, frame, "moments"), like.mean.shape), like.mean)
 
-    return Moments(*(onto(jnp.broadcast_to(z, m.mean.shape)) for z in (m.count, m.mean, m.m2)), like.axes)
+    count, mean, m2 = (onto(jnp.broadcast_to(z, m.mean.shape)) for z in (m.count, m.mean, m.m2))
+    return Moments(count, mean, m2, like.axes)
 
 
 def merge_along(m: Moments, names: tuple[str, ...]) -> Moments:

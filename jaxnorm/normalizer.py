@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm.elementwise import deviation
 from jaxnorm.errors import ArgumentError, named
 from jaxnorm.layout import Names
 from jaxnorm.moments import Moments, empty_moments, merge, moments
@@ -43,13 +45,14 @@ class Normalizer:
     ) -> "Normalizer":  # fmt: skip
         """The normalizer after `x` too. Arguments as in `moments`; what is left must be its axes."""
         new = jax.tree.map(jax.lax.stop_gradient, moments(x, layout, over, mask=mask, weights=weights))
-        return Normalizer(merge(self.moments, new))
+        merged = merge(self.moments, new)
+        return Normalizer(jax.tree.map(lambda z, old: z.astype(old.dtype), merged, self.moments))
 
     def normalize(
         self, x: ArrayLike, layout: Names = "... c", *, clip: float | None = None, epsilon: ArrayLike = 1e-8
     ) -> jax.Array:
         """(x - mean) / sqrt(var + epsilon), clipped to [-clip, clip]."""
-        if clip is not None and not clip > 0:
+        if isinstance(clip, Real) and not float(clip) > 0:
             raise ArgumentError(f"clip must be positive, got {clip!r}.")
         y = normalize(x, self._known(epsilon), layout, epsilon=epsilon)
         return y if clip is None else jnp.clip(y, -clip, clip)
@@ -57,8 +60,7 @@ class Normalizer:
     def denormalize(self, y: ArrayLike, layout: Names = "... c", *, epsilon: ArrayLike = 1e-8) -> jax.Array:
         """y * sqrt(var + epsilon) + mean."""
         known = self._known(epsilon)
-        deviation = jnp.sqrt(known.var + jnp.asarray(epsilon, known.var.dtype))
-        return film(y, deviation, known.mean, layout, features=known.axes)
+        return film(y, deviation(known.var, epsilon), known.mean, layout, features=known.axes)
 
     def _known(self, epsilon: ArrayLike) -> Moments:
         """The moments; those of N(0, 1) where nothing was observed."""

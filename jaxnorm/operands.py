@@ -79,7 +79,7 @@ def _slots(mask, weights, frame: Frame) -> tuple[jax.Array | None, jax.Array | N
     weights = _broadcastable(as_array(weights, "weights"), "weights", frame)
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise LayoutError(f"weights have dtype {weights.dtype}: they must be real floats.\n{frame.given}")
-    if not isinstance(weights, Tracer) and bool((weights < 0).any()):
+    if not isinstance(weights, Tracer) and (np.asarray(weights) < 0).any():
         raise LayoutError(f"weights must not be negative.\n{frame.given}")
     counts = weights != 0
     return (counts if valid is None else valid & counts), weights

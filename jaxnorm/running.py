@@ -131,6 +131,11 @@ def update(
     return run(running, moments, momentum, None, debias, unbiased)
 
 
+def check_running(running: Any) -> None:
+    if not isinstance(running, RunningStats):
+        raise ArgumentError(f"running must be RunningStats, got {type(running).__name__}: see running_stats.")
+
+
 def _updated(
     running: RunningStats, moments: Moments, traced: Any, number: float | None, debias: bool, unbiased: bool
 ) -> RunningStats:

@@ -378,7 +378,7 @@ CASES = [
     Case(
         "scaled weight standardization", kernels(jn.scaled_weight_standardization, gain=1.7),
         lambda x, p, state, mask: only(papers.scaled_weight_standardization(x, gain=1.7, **gain(p))), ("scale",),
-        masks=False,
+        masks=False, sharded=1,
     ),
     Case(
         "spectral", spectral, lambda x, p, state, mask: papers.spectral_norm(x, state[0]), (), DIRECTION, masks=False,

@@ -85,15 +85,19 @@ def test_spectral_norm_finds_the_largest_singular_value():
 
 
 def test_cross_iteration_over_steps():
-    """Three steps of one layer, its kernel moving: what is past is moved to the kernel of now."""
+    """Steps of one layer whose kernel moves: what is past is moved to the kernel of now. One step lacks a channel."""
     rng = np.random.default_rng(0)
     history, past = jn.cross_iteration_history(jnp.zeros((C, C)), window=3), []
     step = jax.jit(functools.partial(jn.cross_iteration_batch_norm, lambda k, x: x @ k, layout="n c", over="n"))
     kernel = rng.normal(size=(C, C)).astype(np.float32)
-    for _ in range(5):
+    for i in range(5):
         x = rng.normal(1.0, 2.0, (6, C)).astype(np.float32)
-        y, history = step(kernel, x, history)
-        expected, past = papers.cross_iteration_batch_norm(lambda k, x: x @ k, kernel, x.astype(float), past, window=3)
+        mask = np.ones((6, C), bool)
+        mask[:, 1] = i != 2
+        y, history = step(kernel, x, history, mask=mask)
+        expected, past = papers.cross_iteration_batch_norm(
+            lambda k, x: x @ k, kernel, x.astype(float), past, window=3, mask=mask
+        )
         close(y, expected, rtol=1e-5, atol=1e-5)
         kernel = kernel + 0.05 * rng.normal(size=(C, C)).astype(np.float32)
 
@@ -151,3 +155,69 @@ def test_the_table_prints():
     assert rows["FiLM"].function is jn.film
     with pytest.raises(KeyError, match="no norm 'laier'"):
         rows["laier"]
+
+
+def test_whitening_of_channels_that_repeat():
+    """Duplicated channels, and fewer examples than channels: eigenvalues of 0, which eigh finds below it."""
+    rng = np.random.default_rng(0)
+    half = rng.normal(0.0, 100.0, (256, 8)).astype(np.float32)
+    few = np.maximum(rng.normal(0.0, 30.0, (6, 16)), 0).astype(np.float32)
+    for x in np.concatenate([half, half], 1), few:
+        loss = lambda x: jnp.sum(jn.decorrelated_batch_norm(x, jn.running_covariance(16, c=16), "n c", "n")[0])  # noqa: E731
+        y, _ = jax.jit(lambda x: jn.decorrelated_batch_norm(x, jn.running_covariance(16, c=16), "n c", "n"))(x)
+        assert np.isfinite(y).all()
+        assert np.isfinite(jax.jit(jax.grad(loss))(x)).all()
+
+
+def test_spectral_norm_of_zeros_keeps_its_direction():
+    start = jn.spectral_state(jax.random.key(0), o=3)
+    zeros, state = jn.spectral_norm(jnp.zeros((4, 3)), start)
+    same((zeros, state.u), (np.zeros((4, 3)), start.u))
+    kernel, _ = jn.spectral_norm(10 * jnp.eye(4, 3), state, num_steps=3)
+    close(kernel, np.eye(4, 3))
+
+
+def test_channels_first():
+    """The channels are the axis that is left, wherever it stands."""
+    x, p, _, _ = CASES[0].sample()
+    scale, bias = p["scale"], p["bias"]
+    swapped = np.moveaxis(x, -1, 1)
+    for norm, given, options in (
+        (jn.batch_channel_norm, (2,), {"channel_scale": scale, "channel_bias": bias}),
+        (jn.conditional_batch_norm, (np.array([0, 1, 1, 0]),), {"bias": np.stack([bias, scale])}),
+    ):
+        last, _ = norm(x, RUNNING, *given, "n h c", "n h", **options)
+        first, _ = norm(swapped, RUNNING, *given, "n c h", "n h", **options)
+        close(np.moveaxis(np.asarray(first), 1, -1), last)
+    whitened = [jn.decorrelated_batch_norm(z, jn.running_covariance(2, c=C), layout, "n h")[0] for z, layout in
+                ((x, "n h c"), (swapped, "n c h"))]  # fmt: skip
+    close(np.moveaxis(np.asarray(whitened[1]), 1, -1), whitened[0])
+
+
+X, RUNNING2 = np.ones((4, 2), np.float32), jn.running_stats(c=2)
+WRONG = {
+    "no such set": (lambda: jn.split_batch_norm(X, jn.running_stats("set c", set=2, c=2), np.int64(7)), "no set 7"),
+    "no set axis": (lambda: jn.split_batch_norm(X, jn.running_stats(c=2), 1), "the first axis of stacked statistics"),
+    "label": (lambda: jn.conditional_batch_norm(X, RUNNING2, np.array([0, 1, 2, 3]), scale=np.ones((3, 2))),
+              "there are 3 classes"),
+    "two tables": (lambda: jn.conditional_batch_norm(X, RUNNING2, np.zeros(4, int), scale=np.ones((3, 2)),
+                                                     bias=np.ones((2, 2))), "one and the same"),
+    "state": (lambda: jn.batch_renorm(X, {}), "must be RunningStats"),
+    "limit": (lambda: jn.batch_renorm(X, jn.running_stats(c=2), r_max=0.5), "r_max is 1 or more"),
+    "epsilon": (lambda: jn.evo_norm_b0(X, jn.running_stats(c=2), epsilon=-1.0), "epsilon must not be negative"),
+    "complex": (lambda: jn.dynamic_tanh(X + 1j, 0.5), "of real numbers"),
+    "which array": (lambda: jn.film(X, np.ones((4, 3)), np.ones((4, 2))), "scale has shape"),
+    "float mask": (lambda: jn.partial_rms_norm(X, 0.5, mask=X), "weights="),
+    "mapped": (lambda: jax.vmap(lambda k: jn.spectral_norm(k, jn.spectral_state(jax.random.key(0), o=2), "i o", "i d"),
+                                axis_name="d")(X[None]), "gather the kernel first"),
+    "kernel state": (lambda: jn.map_kernels(jn.weight_norm, {"kernel": X}, {}), "has nothing for the kernel"),
+    "history": (lambda: jn.cross_iteration_batch_norm(lambda k, x: x @ k, X.T, X, None), "CrossIterationHistory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said(name):
+    call, message = WRONG[name]
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert str(error.value).startswith("jaxnorm.")

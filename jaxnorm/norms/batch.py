@@ -1,18 +1,21 @@
 """The family of batch norm: other batches, and other statistics to normalize with."""
 
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm.errors import LayoutError, named
+from jaxnorm.elementwise import deviation
+from jaxnorm.errors import ArgumentError, LayoutError, named
 from jaxnorm.layout import Names, first, kept, meet, parse
-from jaxnorm.moments import Moments, broadcast_to, merge, moments
+from jaxnorm.mapped import Groups
+from jaxnorm.moments import Moments, broadcast_to, known, merge, moments
 from jaxnorm.normalize import normalize
 from jaxnorm.norms.basic import batch_norm
-from jaxnorm.running import RunningStats, update
+from jaxnorm.running import RunningStats, check_running, update
 
 Limit = ArrayLike | Callable[[jax.Array], ArrayLike] | None
 
@@ -33,7 +36,8 @@ def ghost_batch_norm(
 
         layout "(ghost n) ... c", over "n ...":   y = (x - mean) / sqrt(var + epsilon) * scale + bias, for each ghost
 
-    The running statistics are updated with the moments of all ghosts merged. One ghost is batch norm.
+    The running statistics are updated with the moments of all ghosts merged. One ghost is batch norm. With a mapped
+    axis in `over` a ghost is the elements of that part on all devices.
 
     Args:
         x: array laid out as `layout`.
@@ -64,13 +68,13 @@ def ghost_batch_norm(
     """
     n = first(layout)
     size = meet(layout, jnp.shape(x), sizes).size(n)
-    if not isinstance(num_ghosts, int) or num_ghosts < 1 or size % num_ghosts:
+    if not isinstance(num_ghosts, Integral) or num_ghosts < 1 or size % num_ghosts:
         raise LayoutError(f"num_ghosts={num_ghosts!r} does not divide the {size} entries along {n!r}.")
     ghosts = f"({n}_ghost {n})"
     dims = tuple(dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in parse(layout))
     return batch_norm(
         x, running, (ghosts, *dims[1:]), over, features=kept(layout, over) if features is None else features,
-        sizes={**(sizes or {}), f"{n}_ghost": num_ghosts}, **options,
+        sizes={**(sizes or {}), f"{n}_ghost": int(num_ghosts)}, **options,
     )  # fmt: skip
 
 
@@ -79,6 +83,12 @@ def _limit(limit: Limit, num_updates: jax.Array, steps: tuple[float, ...], value
         at, to = (jnp.array(z, jnp.float32) for z in (steps, values))
         return jnp.interp(num_updates.astype(jnp.float32), at, to)
     return jnp.asarray(limit(num_updates) if callable(limit) else limit, jnp.float32)
+
+
+def _clipped(z: jax.Array, limit: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(z):
+        return jax.lax.complex(jnp.clip(jnp.real(z), -limit, limit), jnp.clip(jnp.imag(z), -limit, limit))
+    return jnp.clip(z, -limit, limit)
 
 
 @named
@@ -99,7 +109,8 @@ def batch_renorm(
     weights: ArrayLike | None = None,
     debias: bool = False,
     unbiased: bool = False,
-    **options: Any,
+    sizes: dict[str, int] | None = None,
+    groups: Groups | None = None,
 ) -> tuple[jax.Array, RunningStats]:
     """Batch renormalization: training sees what evaluation will, within limits. For small or uneven batches.
 
@@ -115,17 +126,19 @@ def batch_renorm(
         layout, over: as in `batch_norm`.
         r_max, d_max: the limits: numbers, or functions of `running.num_updates` (an optax schedule is one). None is
             the paper's schedule: r_max 1 until update 5000, then linearly to 3 at 40000; d_max 0, then 5 at 25000.
+            r_max is 1 or more, d_max 0 or more.
         scale, bias, features: as in `batch_norm`.
         momentum, debias, unbiased: as in `update`.
         epsilon: added to both variances, in their unit.
         mask, weights: which elements count and how much, as in `batch_norm`.
-        **options: sizes, groups: as in `batch_norm`.
+        sizes, groups: as in `batch_norm`.
 
     Returns:
         y, of the shape and dtype of `x`, and the new RunningStats.
 
     Raises:
         LayoutError, AxisError: as `batch_norm`.
+        ValueError: (ArgumentError) when a limit is out of its range.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm as jn
@@ -137,23 +150,27 @@ def batch_renorm(
     Source: Ioffe 2017, "Batch Renormalization", algorithm 1 and section 4 (the schedule).
 
     Differs from: Flax and torch have none; Keras 2's renorm had these limits under `renorm_clipping`, without schedule.
+        `batch_norm` keeps a mean in two numbers: here, as in evaluation, y is good to a rounding of the mean.
     """
-    stats = moments(x, layout, over, mask=mask, weights=weights, **options)
+    check_running(running)
+    for limit, least in ((r_max, 1), (d_max, 0)):
+        if isinstance(limit, Real) and not float(limit) >= least:
+            raise ArgumentError(f"r_max is 1 or more and d_max 0 or more, got r_max={r_max!r}, d_max={d_max!r}.")
+    stats = moments(x, layout, over, mask=mask, weights=weights, sizes=sizes, groups=groups)
     t = running.num_updates
     r_max = _limit(r_max, t, (5e3, 4e4), (1.0, 3.0)).astype(stats.var.dtype)
     d_max = _limit(d_max, t, (5e3, 2.5e4), (0.0, 5.0)).astype(stats.var.dtype)
     ones = jnp.ones_like(running.var)
     old = broadcast_to(Moments(ones, running.mean, running.var, running.axes), stats)
-    epsilon = jnp.asarray(epsilon, stats.var.dtype)
-    s, s_old = jnp.sqrt(stats.var + epsilon), jnp.sqrt(old.var.astype(stats.var.dtype) + epsilon)
+    s, s_old = deviation(stats.var, epsilon), deviation(old.var.astype(stats.var.dtype), epsilon)
     # Which statistics give this y: with s / r for s, the mean moved by d of them. The rest is `normalize`.
     r = jax.lax.stop_gradient(jnp.clip(s / s_old, 1 / r_max, r_max))
-    d = jax.lax.stop_gradient(jnp.clip((stats.mean - old.mean.astype(stats.mean.dtype)) / s_old, -d_max, d_max))
-    var = jnp.maximum(stats.var + epsilon, 1e-30) / r**2 - epsilon
-    between = Moments(jnp.ones_like(s), stats.mean - d * s / r, var, stats.axes)
+    d = jax.lax.stop_gradient(_clipped((stats.mean - old.mean.astype(stats.mean.dtype)) / s_old, d_max))
+    var = (s / r) ** 2 - jnp.asarray(epsilon, s.dtype)
+    between = known(stats.mean - (d * (s / r)).astype(stats.mean.dtype), var, stats)
     y = normalize(
         x, between, layout, scale=scale, bias=bias, features=kept(layout, over) if features is None else features,
-        epsilon=epsilon, mask=mask, weights=weights, sizes=options.get("sizes"),
+        epsilon=epsilon, mask=mask, weights=weights, sizes=sizes,
     )  # fmt: skip
     return y, update(running, stats, momentum, debias=debias, unbiased=unbiased)
 
@@ -216,7 +233,8 @@ def streaming_norm(
     weights: ArrayLike | None = None,
     debias: bool = True,
     unbiased: bool = False,
-    **options: Any,
+    sizes: dict[str, int] | None = None,
+    groups: Groups | None = None,
 ) -> tuple[jax.Array, RunningStats]:
     """Streaming norm: update the running statistics, then normalize with them, in training as in evaluation.
 
@@ -231,7 +249,7 @@ def streaming_norm(
         momentum, debias, unbiased: as in `update`; debias by default, so that the first y is that of batch norm.
         epsilon: added to the variance, in its unit.
         mask, weights: which elements count and how much, as in `batch_norm`.
-        **options: sizes, groups: as in `batch_norm`.
+        sizes, groups: as in `batch_norm`.
 
     Returns:
         y, of the shape and dtype of `x`, and the new RunningStats.
@@ -249,11 +267,12 @@ def streaming_norm(
 
     Differs from: the paper, which also averages gradients over steps. Flax and torch have none.
     """
-    stats = moments(x, layout, over, mask=mask, weights=weights, **options)
+    check_running(running)
+    stats = moments(x, layout, over, mask=mask, weights=weights, sizes=sizes, groups=groups)
     running = update(running, stats, momentum, debias=debias, unbiased=unbiased)
     y = normalize(
         x, running, layout, scale=scale, bias=bias, features=features, epsilon=epsilon, mask=mask, weights=weights,
-        sizes=options.get("sizes"),
+        sizes=sizes,
     )  # fmt: skip
     return y, running
 
@@ -267,6 +286,7 @@ def virtual_batch_norm(
     *,
     epsilon: ArrayLike = 1e-5,
     mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     sizes: dict[str, int] | None = None,
     **options: Any,
 ) -> jax.Array:
@@ -282,7 +302,7 @@ def virtual_batch_norm(
         layout: a name for every dimension of `x`.
         over: the axes averaged within an example.
         epsilon: added to the variance, in its unit.
-        mask: True where an element of `x` counts; broadcasts as in NumPy.
+        mask, weights: which elements of `x` count and how much; they broadcast as in NumPy.
         sizes: sizes of the axes that compose a dimension.
         **options: scale, bias, features, dtype: as in `normalize`.
 
@@ -298,10 +318,12 @@ def virtual_batch_norm(
         >>> (jn.virtual_batch_norm(jnp.array([[5.0], [-1.0]]), reference, epsilon=0.0) ** 2).round(5)[:, 0].tolist()
         [1.5, 1.5]
 
-    Source: Salimans et al. 2016, "Improved Techniques for Training GANs", section 3.4.
+    Source: Salimans et al. 2016, "Improved Techniques for Training GANs", section 3.5.
 
     Differs from: TensorFlow's VBN, which averages E[x^2] - E[x]^2. Flax and torch have none.
     """
-    own = moments(x, layout, over, mask=mask, sizes=sizes)
-    stats = merge(broadcast_to(reference, own), own)
-    return normalize(x, stats, layout, epsilon=epsilon, mask=mask, sizes=sizes, **options)
+    if not isinstance(reference, Moments):
+        raise ArgumentError(f"reference must be Moments, got {type(reference).__name__}: see moments.")
+    counted = {"mask": mask, "weights": weights, "sizes": sizes}
+    own = moments(x, layout, over, **counted)
+    return normalize(x, merge(broadcast_to(reference, own), own), layout, epsilon=epsilon, **counted, **options)

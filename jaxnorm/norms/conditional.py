@@ -4,12 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jaxnorm.elementwise import affine, elementwise
+from jaxnorm.elementwise import affine, deviation, elementwise
 from jaxnorm.errors import LayoutError, named
-from jaxnorm.layout import Names, first, last, meet
+from jaxnorm.layout import Names, channels, first, meet
 from jaxnorm.moments import moments
 from jaxnorm.normalize import standardize
 from jaxnorm.norms.basic import batch_norm, layer_norm
@@ -67,7 +70,7 @@ def adaptive_instance_norm(
     Differs from: the authors' code, whose variances are unbiased. Flax and torch have none.
     """
     target = moments(style, layout, over, mask=style_mask, sizes=sizes)
-    scale = jnp.sqrt(target.var + jnp.asarray(epsilon, target.var.dtype))
+    scale = deviation(target.var, epsilon)
     return standardize(
         x, layout, over, scale=scale, bias=target.mean, features=target.axes, epsilon=epsilon, mask=mask, sizes=sizes
     )[0]
@@ -163,7 +166,8 @@ def film(
     Differs from: Flax and torch have none.
     """
     scale = offset_scale(scale, scale_offset)
-    return elementwise(affine, x, layout, (scale, features), (bias, features), mask=mask, sizes=sizes)
+    arrays = ("scale", scale, features), ("bias", bias, features)
+    return elementwise(affine, x, layout, *arrays, mask=mask, sizes=sizes)
 
 
 @named
@@ -187,7 +191,7 @@ def conditional_batch_norm(
         running: RunningStats along the axes that are not averaged.
         labels: integers along the first name of the layout, 0 to classes - 1.
         layout, over: as in `batch_norm`.
-        scale, bias: along "classes c", c the last name of the layout; none means 1 and 0.
+        scale, bias: along "classes c", c the axis that is not averaged; none means 1 and 0.
         **options: momentum, epsilon, mask, weights, debias, unbiased, sizes, groups: as in `batch_norm`.
 
     Returns:
@@ -215,14 +219,28 @@ def conditional_batch_norm(
         raise LayoutError(
             f"labels are integers, one for each of the {size} entries along {n!r}, got {labels.dtype}{labels.shape}."
         )
-    classes = next((len(jnp.asarray(z)) for z in (scale, bias) if z is not None), None)
-    known = size and not isinstance(labels, Tracer)
-    if known and classes is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise LayoutError(f"labels lie in {int(labels.min())} to {int(labels.max())}, and there are {classes} classes.")
-    # A label that is out of range and traced gives NaN: not the scale of another class.
-    labels = jnp.where(labels < 0, classes or 0, labels)
-    own = [None if z is None else jnp.asarray(z).at[labels].get(mode="fill", fill_value=jnp.nan) for z in (scale, bias)]
-    return batch_norm(x, running, layout, over, scale=own[0], bias=own[1], features=f"{n} {last(layout)}", **options)
+    c = channels(layout, over)
+    tables = {name: jnp.asarray(z) for name, z in (("scale", scale), ("bias", bias)) if z is not None}
+    shapes = {z.shape for z in tables.values()}
+    if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
+        raise LayoutError(f'scale and bias lie along "classes {c}", one and the same: got shapes {sorted(shapes)}.')
+    if tables:
+        count = next(iter(shapes))[0]
+        values = None if isinstance(labels, Tracer) or not size else np.asarray(labels)
+        if values is not None and not 0 <= values.min() <= values.max() < count:
+            raise LayoutError(f"labels lie in {values.min()} to {values.max()}, and there are {count} classes.")
+        # A traced label that is out of range gives NaN: not the scale of another class.
+        labels = labels.astype(jnp.int32)
+        at = jnp.where(labels < 0, count, labels)
+        tables = {name: rows_of(z, at) for name, z in tables.items()}
+    return batch_norm(x, running, layout, over, **tables, features=f"{n} {c}", **options)
+
+
+def rows_of(table: jax.Array, at: jax.Array) -> jax.Array:
+    """table[at], NaN out of range, lying as `at` lies."""
+    sharding = jax.typeof(at).sharding
+    out = NamedSharding(sharding.mesh, P(*sharding.spec, None)) if any(sharding.spec) else None
+    return table.at[at].get(mode="fill", fill_value=jnp.nan, out_sharding=out)
 
 
 @named

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm.errors import ArgumentError, LayoutError, named
-from jaxnorm.layout import Names, kept, meet
+from jaxnorm.layout import Names, channels, meet
 from jaxnorm.mapped import checks_vma, resolve_over
 from jaxnorm.moments import Moments, moments
 from jaxnorm.normalize import normalize
 from jaxnorm.sync import reduce_gradients
 
-FIELDS = ["kernel", "mean", "var", "dmean", "dvar", "num_updates"]
+FIELDS = ["kernel", "mean", "var", "dmean", "dvar", "counted", "num_updates"]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=FIELDS, meta_fields=[])
@@ -24,6 +24,7 @@ class CrossIterationHistory:
     """The last steps of one layer, the newest first: its kernels, the batch statistics and their derivatives by it.
 
         mean, var: [steps, c];   kernel, dmean, dvar: [steps, *kernel.shape], of which the last axis is c
+        counted: [steps, c], 1 where the step had data of the channel, 0 where it had none or there was no step
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm as jn
@@ -37,6 +38,7 @@ class CrossIterationHistory:
     var: jax.Array
     dmean: jax.Array
     dvar: jax.Array
+    counted: jax.Array
     num_updates: jax.Array
 
 
@@ -71,7 +73,7 @@ def cross_iteration_history(kernel: ArrayLike, window: int = 4) -> CrossIteratio
     past, per_channel = (window - 1, *kernel.shape), (window - 1, kernel.shape[-1])
     of_kernel, of_channel = (functools.partial(jnp.zeros, shape, jnp.float32) for shape in (past, per_channel))
     return CrossIterationHistory(
-        of_kernel(), of_channel(), of_channel(), of_kernel(), of_kernel(), jnp.zeros((), jnp.int32)
+        of_kernel(), of_channel(), of_channel(), of_kernel(), of_kernel(), of_channel(), jnp.zeros((), jnp.int32)
     )
 
 
@@ -132,6 +134,9 @@ def cross_iteration_batch_norm(
         is moved and pooled centred, which is the same without its rounding. Flax and torch have none.
     """
     kernel, x = jnp.asarray(kernel), jnp.asarray(x)
+    if not isinstance(history, CrossIterationHistory):
+        kind = type(history).__name__
+        raise ArgumentError(f"history must be CrossIterationHistory, got {kind}: see cross_iteration_history.")
     if history.kernel.shape[1:] != kernel.shape:
         raise LayoutError(f"the history is of a kernel of shape {history.kernel.shape[1:]}, not {kernel.shape}.")
 
@@ -139,13 +144,14 @@ def cross_iteration_batch_norm(
         m = moments(apply(kernel, x), layout, over, mask=mask, weights=weights)
         return (m.mean, m.var), m
 
-    if kept(layout, over) == ():
-        raise LayoutError("cross-iteration batch norm leaves the channels: over must not name them.")
+    z = jax.eval_shape(apply, kernel, x)
+    frame, c = meet(layout, z.shape), channels(layout, over)
+    if frame.size(c) != kernel.shape[-1]:
+        raise LayoutError(f"the layer gives {frame.size(c)} entries along {c!r}, its kernel has {kernel.shape[-1]}.")
     (mean, var), back, now = jax.vjp(statistics, kernel, has_aux=True)
     # Statistics are the same on all devices. Each has the derivative by its own copy of the kernel; where JAX does not
     # know that, the cotangent is counted on each of them.
-    z = jax.eval_shape(apply, kernel, x)
-    mapped = resolve_over(over, meet(layout, z.shape))[1]
+    mapped = resolve_over(over, frame)[1]
     ones = jnp.ones_like(mean) / (1 if checks_vma() else mapped.size)
     derivatives = [back(z)[0] for z in ((ones, jnp.zeros_like(ones)), (jnp.zeros_like(ones), ones))]
     dmean, dvar = reduce_gradients(derivatives, mapped.names) if mapped.names else derivatives
@@ -158,14 +164,14 @@ def cross_iteration_batch_norm(
     by = jnp.sum(old.dmean * moved, dims)
     means = old.mean + by
     variances = jnp.maximum(old.var + jnp.sum(old.dvar * moved, dims) - by**2, 0)
-    there = jnp.arange(len(means), dtype=jnp.int32) < old.num_updates
-    share = 1 / (1 + there.sum())
-    past = jnp.where(there, share, 0).astype(mean.dtype)[:, None]
-    share = share.astype(mean.dtype)
+    here = (now.count > 0).astype(mean.dtype)
+    past = old.counted.astype(mean.dtype)
+    steps = jnp.maximum(here + past.sum(0), 1)
+    share, past = here / steps, past / steps[None]
     pooled = share * mean + jnp.sum(past * means, 0)
     spread = share * (mean - pooled) ** 2 + jnp.sum(past * (means - pooled[None]) ** 2, 0)
     variance = share * var + jnp.sum(past * variances, 0) + spread
-    stats = Moments(jnp.ones_like(variance), pooled, variance, now.axes)
+    stats = Moments((steps > 0).astype(variance.dtype), pooled, variance, now.axes)
     y = normalize(
         apply(kernel, x), stats, layout, scale=scale, bias=bias, epsilon=epsilon, mask=mask, weights=weights
     )
@@ -176,6 +182,6 @@ def cross_iteration_batch_norm(
         new = jax.lax.stop_gradient(new).astype(past.dtype)
         return jnp.where(some, jnp.concatenate([new[None], past])[: len(past)], past)
 
-    newest = {"kernel": kernel, "mean": mean, "var": var, "dmean": dmean, "dvar": dvar}
+    newest = {"kernel": kernel, "mean": mean, "var": var, "dmean": dmean, "dvar": dvar, "counted": here}
     steps = {name: pushed(name, new) for name, new in newest.items()}
     return y, CrossIterationHistory(**steps, num_updates=old.num_updates + some.astype(jnp.int32))

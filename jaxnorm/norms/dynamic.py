@@ -58,7 +58,8 @@ def dynamic_tanh(
     Differs from: Flax and torch have none.
     """
     along = last(layout) if features is None else features
-    return elementwise(_tanh, x, layout, (alpha, ()), (scale, along), (bias, along), mask=mask, sizes=sizes)
+    arrays = ("alpha", alpha, ()), ("scale", scale, along), ("bias", bias, along)
+    return elementwise(_tanh, x, layout, *arrays, mask=mask, sizes=sizes, real=True)
 
 
 @named
@@ -99,5 +100,5 @@ def dynamic_erf(
     Differs from: Flax and torch have none.
     """
     along = last(layout) if features is None else features
-    arrays = (alpha, ()), (shift, ()), (scale, along), (bias, along)
-    return elementwise(_erf, x, layout, *arrays, mask=mask, sizes=sizes)
+    arrays = ("alpha", alpha, ()), ("shift", shift, ()), ("scale", scale, along), ("bias", bias, along)
+    return elementwise(_erf, x, layout, *arrays, mask=mask, sizes=sizes, real=True)

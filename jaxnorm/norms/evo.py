@@ -1,16 +1,17 @@
 """EvoNorms: norm and activation found as one layer."""
 
+from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm.elementwise import affine, elementwise, remembering
+from jaxnorm.elementwise import affine, deviation, elementwise, remembering
 from jaxnorm.errors import LayoutError, named
 from jaxnorm.layout import Names, after_first, averaged, first, kept, last, meet, split_axis, text_of
 from jaxnorm.moments import moments
-from jaxnorm.running import RunningStats, update
+from jaxnorm.running import RunningStats, check_running, update
 
 
 def _b0(x, batch, instance, v, scale, bias):
@@ -74,6 +75,7 @@ def evo_norm_b0(
 
     Differs from: the paper, whose running variance is that of a momentum of 0.9. Flax and torch have none.
     """
+    check_running(running)
     inner = tuple(name for name in averaged(layout, over) if name != first(layout))
     along = kept(layout, over) if features is None else features
 
@@ -87,16 +89,17 @@ def evo_norm_b0(
         else:
             var, axes = running.var, running.axes
         own = moments(x, layout, inner or "nothing?", **counted)
-        batch, instance = (jnp.sqrt(z + jnp.asarray(epsilon, z.dtype)) for z in (var, own.var))
-        arrays = (batch, axes), (instance, own.axes), (v, along), (scale, along), (bias, along)
-        return elementwise(_b0, x, layout, *arrays, **counted), running
+        batch, instance = (deviation(z, epsilon) for z in (var, own.var))
+        arrays = [("running", batch, axes), ("instance", instance, own.axes)]
+        arrays += [("v", v, along), ("scale", scale, along), ("bias", bias, along)]
+        return elementwise(_b0, x, layout, *arrays, **counted, real=True), running
 
     return step(jnp.asarray(x), running, *(None if z is None else jnp.asarray(z) for z in (v, scale, bias)))
 
 
-def _s0(x, deviation, v, scale, bias):
+def _s0(x, group, v, scale, bias):
     swish = x * jax.nn.sigmoid(x if v is None else v * x)
-    return affine(swish / deviation, scale, bias)
+    return affine(swish / group, scale, bias)
 
 
 @named
@@ -147,15 +150,15 @@ def evo_norm_s0(
     c = last(layout) if features is None else text_of(features)
     rows, split, member = split_axis(layout, c)
     length = meet(layout, jnp.shape(x), sizes).size(c)
-    if not isinstance(num_groups, int) or num_groups < 1 or length % num_groups:
+    if not isinstance(num_groups, Integral) or num_groups < 1 or length % num_groups:
         raise LayoutError(f"num_groups={num_groups!r} does not divide the {length} entries along {c!r}.")
-    sizes = {**(sizes or {}), f"{c}_group": num_groups}
+    sizes = {**(sizes or {}), f"{c}_group": int(num_groups)}
 
     @remembering
     def step(x, v, scale, bias):
         stats = moments(x, rows, (*after_first(layout, c), member), mask=mask, sizes=sizes)
-        deviation = jnp.sqrt(stats.var + jnp.asarray(epsilon, stats.var.dtype))
-        arrays = (deviation, stats.axes), (v, split), (scale, split), (bias, split)
-        return elementwise(_s0, x, rows, *arrays, mask=mask, sizes=sizes)
+        arrays = [("group", deviation(stats.var, epsilon), stats.axes)]
+        arrays += [("v", v, split), ("scale", scale, split), ("bias", bias, split)]
+        return elementwise(_s0, x, rows, *arrays, mask=mask, sizes=sizes, real=True)
 
     return step(*(None if z is None else jnp.asarray(z) for z in (x, v, scale, bias)))

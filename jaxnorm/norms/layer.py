@@ -1,6 +1,5 @@
 """The family of layer norm: lengths in place of deviations, parts, gates, residuals, places."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -8,21 +7,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm.elementwise import elementwise, remembering
 from jaxnorm.errors import ArgumentError, LayoutError, named
-from jaxnorm.layout import ELLIPSIS, Names, averaged, meet, parse, parse_list, text_of
-from jaxnorm.moments import Moments, moments
+from jaxnorm.layout import ELLIPSIS, Names, averaged, parse, parse_list, text_of
+from jaxnorm.moments import Moments, known, moments
 from jaxnorm.normalize import normalize, standardize
 from jaxnorm.norms.basic import layer_norm, rms_norm
+from jaxnorm.operands import as_array, operands
 
 
 def squares(x: ArrayLike, layout: Names, over: Names, **options: Any) -> Moments:
     """Moments whose variance is the sum of the squares, not their mean."""
     m = moments(x, layout, over, center=False, **options)
-    return dataclasses.replace(m, count=jnp.ones_like(m.count))
+    return known(m.mean, m.m2, m)
 
 
 @named
@@ -157,10 +156,10 @@ def partial_rms_norm(
     names = parse_list(over, "over")
     if len(names) != 1 or (names[0],) not in parse(layout):
         raise LayoutError(f'over="{text_of(over)}" must be one dimension of the layout "{text_of(layout)}".')
-    frame = meet(layout, jnp.shape(x), sizes)
+    frame = operands(x, layout, over, mask=mask, sizes=sizes).frame  # says what is wrong with them
     size, behind = frame.size(names[0]), parse(layout)[parse(layout).index((names[0],)) + 1 :]
     after = sum(len(frame.ellipsis) if dim == (ELLIPSIS,) else 1 for dim in behind)
-    counts = (jnp.arange(size) < math.ceil(fraction * size)).reshape(-1, *(1,) * after)
+    counts = (jnp.arange(size) < math.ceil(fraction * size - 1e-9)).reshape(-1, *(1,) * after)
     if mask is not None:
         rank = max(counts.ndim, jnp.ndim(mask))
         counts, mask = (z.reshape((1,) * (rank - z.ndim) + z.shape) for z in (counts, jnp.asarray(mask)))
@@ -221,6 +220,10 @@ def qk_norm(
     return one(query, query_scale), one(key, key_scale)
 
 
+def _as_it_is(x: jax.Array) -> jax.Array:
+    return x
+
+
 def _gated(x: jax.Array, gate: jax.Array) -> jax.Array:
     return x * jax.nn.silu(gate)
 
@@ -262,16 +265,22 @@ def gated_rms_norm(
 
     Source: Dao and Gu 2024, "Transformers are SSMs" (Mamba-2), section 7.
 
-    Differs from: mamba_ssm's RMSNormGated not at all: norm_before_gate=True is the default here.
+    Differs from: mamba_ssm's RMSNormGated, which multiplies before it rounds to the dtype of x, and has groups: here
+        `group_norm`'s way, a layout.
     """
-    x, gate = jnp.asarray(x), jnp.asarray(gate)
+    x, gate = as_array(x, "x"), as_array(gate, "gate")
+    if x.shape != gate.shape:
+        raise LayoutError(f"x has shape {x.shape}, the gate {gate.shape}: they are multiplied, entry by entry.")
 
     @remembering
     def step(x, gate, given):
+        if mask is not None:  # what stands in a masked slot of the gate counts as 0, if it is not finite
+            gate = elementwise(_as_it_is, gate, layout, mask=mask, sizes=sizes)
+        placed = "gate", gate, layout
         if gate_first:
-            x = elementwise(_gated, x, layout, (gate, layout), mask=mask, sizes=sizes)
+            x = elementwise(_gated, x, layout, placed, mask=mask, sizes=sizes)
         y = rms_norm(x, layout, over, mask=mask, sizes=sizes, **options, **given)
-        return y if gate_first else elementwise(_gated, y, layout, (gate, layout), sizes=sizes)
+        return y if gate_first else elementwise(_gated, y, layout, placed, mask=mask, sizes=sizes)
 
     given = {name: jnp.asarray(options.pop(name)) for name in ("scale", "bias") if options.get(name) is not None}
     return step(x, gate, given)
@@ -304,10 +313,11 @@ def add_norm(x: ArrayLike, residual: ArrayLike, norm: Callable = layer_norm, **o
 
     Differs from: the fused kernels of that name, which are one kernel: here XLA fuses the sum into the norm's loops.
     """
-    x, residual = jnp.asarray(x), jnp.asarray(residual)
+    x, residual = as_array(x, "x"), as_array(residual, "residual")
     if x.shape != residual.shape:
         raise LayoutError(f"x has shape {x.shape}, the residual {residual.shape}: they are added, entry by entry.")
-    dtype = np.promote_types(x.dtype, residual.dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.promote_types(x.dtype, residual.dtype)
     total = x.astype(dtype) + residual.astype(dtype)
     return norm(total, **options), total
 
@@ -326,7 +336,7 @@ def positional_norm(
 
         y = (x - mean) / sqrt(var + epsilon),   mean and var over c
 
-    A decoder takes `moments.mean` and `moments.std` for its bias and scale (moment shortcut): `film(z, std, mean)`.
+    A decoder takes them for its bias and scale (moment shortcut): `film(z, m.std, m.mean, features=m.axes)`.
 
     Args:
         x: array laid out as `layout`.

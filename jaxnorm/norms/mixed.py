@@ -9,11 +9,11 @@ from jax.typing import ArrayLike
 
 from jaxnorm.elementwise import remembering
 from jaxnorm.errors import LayoutError, named
-from jaxnorm.layout import Names, averaged, first, kept, last
+from jaxnorm.layout import Names, averaged, channels, first, kept
 from jaxnorm.moments import Moments, broadcast_to, merge_along, moments
 from jaxnorm.normalize import normalize
 from jaxnorm.norms.basic import batch_norm, group_norm
-from jaxnorm.running import RunningStats, update
+from jaxnorm.running import RunningStats, check_running, update
 
 
 @named
@@ -80,28 +80,35 @@ def switchable_norm(
             "mean_logits and var_logits are three numbers each, for instance, layer and batch: got shapes "
             f"{mean_logits.shape} and {var_logits.shape}."
         )
+    check_running(running)
     counted: dict[str, Any] = {"mask": mask, "weights": weights, "sizes": sizes}
     inner = tuple(name for name in averaged(layout, over) if name != first(layout))
-    instance = moments(x, layout, inner or "nothing?", **counted)
-    layer = broadcast_to(merge_along(instance, kept(layout, over)), instance)
-    batch: Moments | RunningStats = running
-    if train:
-        batch = moments(x, layout, over, groups=groups, **counted)
-        running = update(running, batch, momentum, debias=debias, unbiased=unbiased)
-    ones = jnp.ones_like(batch.var)
-    batch = broadcast_to(Moments(ones, batch.mean, batch.var, batch.axes), instance)
+    features = kept(layout, over) if features is None else features
 
-    def mixed(logits: jax.Array, parts: list[jax.Array]) -> jax.Array:
-        share = jax.nn.softmax(logits.astype(np.promote_types(logits.dtype, np.float32)))
-        return sum(share[i].astype(part.dtype) * part for i, part in enumerate(parts))  # type: ignore[return-value]
+    @remembering
+    def step(x, running, mean_logits, var_logits, scale, bias):
+        instance = moments(x, layout, inner or "nothing?", **counted)
+        layer = broadcast_to(merge_along(instance, kept(layout, over)), instance)
+        batch = Moments(jnp.ones_like(running.var), running.mean, running.var, running.axes)
+        if train:
+            batch = moments(x, layout, over, groups=groups, **counted)
+            running = update(running, batch, momentum, debias=debias, unbiased=unbiased)
+        parts = instance, layer, broadcast_to(batch, instance)
+        mean = mixed(mean_logits, [m.mean for m in parts])
+        var = mixed(var_logits, [m.var for m in parts])
+        some = jnp.stack([m.count.astype(var.dtype) for m in parts]).sum(0)
+        stats = Moments(some, mean, some * var, instance.axes)
+        affine = {"scale": scale, "bias": bias, "features": features}
+        return normalize(x, stats, layout, **affine, epsilon=epsilon, **counted), running
 
-    mean = mixed(mean_logits, [m.mean for m in (instance, layer, batch)])
-    var = mixed(var_logits, [m.var for m in (instance, layer, batch)])
-    y = normalize(
-        x, Moments(jnp.ones_like(var), mean, var, instance.axes), layout, scale=scale, bias=bias,
-        features=kept(layout, over) if features is None else features, epsilon=epsilon, **counted,
-    )  # fmt: skip
-    return y, running
+    arrays = (None if z is None else jnp.asarray(z) for z in (scale, bias))
+    return step(jnp.asarray(x), running, mean_logits, var_logits, *arrays)
+
+
+def mixed(logits: jax.Array, parts: list[jax.Array]) -> jax.Array:
+    """Parts by their softmax shares."""
+    share = jax.nn.softmax(logits.astype(np.promote_types(logits.dtype, np.float32)))
+    return sum(share[i].astype(part.dtype) * part for i, part in enumerate(parts))  # type: ignore[return-value]
 
 
 @named
@@ -116,11 +123,14 @@ def batch_channel_norm(
     bias: ArrayLike | None = None,
     channel_scale: ArrayLike | None = None,
     channel_bias: ArrayLike | None = None,
+    momentum: ArrayLike | None = 0.99,
     epsilon: ArrayLike = 1e-5,
     mask: ArrayLike | None = None,
+    debias: bool = False,
+    unbiased: bool = False,
     sizes: dict[str, int] | None = None,
+    groups: Any = None,
     train: bool = True,
-    **options: Any,
 ) -> tuple[jax.Array, RunningStats]:
     """Batch-channel norm (BCN): batch norm, and group norm of what it gives, which keeps every channel alive.
 
@@ -131,13 +141,13 @@ def batch_channel_norm(
         running: RunningStats along the axes that are not averaged.
         num_groups: of the group norm; it must divide the channels.
         layout, over: as in `batch_norm`; the group norm's axes are those of `group_norm`.
-        scale, bias: of the batch norm, along the last name of the layout.
-        channel_scale, channel_bias: of the group norm, along the last name of the layout.
+        scale, bias: of the batch norm, along the axis that is not averaged.
+        channel_scale, channel_bias: of the group norm, along the same axis.
+        momentum, debias, unbiased: as in `update`.
         epsilon: added to both variances, in their unit.
         mask: True where an element counts; broadcasts as in NumPy.
-        sizes: sizes of the axes that compose a dimension.
+        sizes, groups: as in `batch_norm`.
         train: False takes the running statistics, and changes nothing.
-        **options: momentum, weights, debias, unbiased, groups: as in `batch_norm`.
 
     Returns:
         y, of the shape and dtype of `x`, and the new RunningStats.
@@ -157,6 +167,8 @@ def batch_channel_norm(
     Differs from: the paper's version for micro-batches, which is `streaming_norm` before `group_norm`. Flax and torch
         have none.
     """
+    check_running(running)
+    c = channels(layout, over)
     given = {"scale": scale, "bias": bias, "channel_scale": channel_scale, "channel_bias": channel_bias}
     given = {name: jnp.asarray(z) for name, z in given.items() if z is not None}
 
@@ -165,12 +177,12 @@ def batch_channel_norm(
         affine = {name: given.get(name) for name in ("scale", "bias")}
         if train:
             y, running = batch_norm(
-                x, running, layout, over, **affine, epsilon=epsilon, mask=mask, sizes=sizes, **options
-            )
+                x, running, layout, over, **affine, momentum=momentum, epsilon=epsilon, mask=mask, debias=debias,
+                unbiased=unbiased, sizes=sizes, groups=groups,
+            )  # fmt: skip
         else:
             y = normalize(x, running, layout, **affine, epsilon=epsilon, mask=mask, sizes=sizes)
         affine = {name: given.get(f"channel_{name}") for name in ("scale", "bias")}
-        c = last(layout)
         return group_norm(y, num_groups, layout, **affine, features=c, epsilon=epsilon, mask=mask, sizes=sizes), running
 
     return step(jnp.asarray(x), running, given)

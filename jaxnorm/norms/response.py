@@ -9,11 +9,10 @@ from jax.typing import ArrayLike
 from jaxnorm.elementwise import affine, elementwise, remembering
 from jaxnorm.errors import ArgumentError, LayoutError, named
 from jaxnorm.layout import Names, flat, last, meet, parse, parse_list, text_of
-from jaxnorm.moments import Moments
 from jaxnorm.normalize import standardize
 from jaxnorm.norms.layer import squares
-from jaxnorm.operands import operands
-from jaxnorm.stats import abs_sq, clean
+from jaxnorm.operands import as_array, check_epsilon, operands
+from jaxnorm.stats import abs_sq, clean, like
 
 
 def _responded(x: jax.Array, response: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
@@ -42,7 +41,8 @@ def global_response_norm(
         layout: a name for every dimension of `x`.
         over: the axes of space.
         scale, bias: along `features`; none means 1 and 0. ConvNeXt-V2 starts with 0 and 0, where y is x.
-        features: the channels, over which the mean is; by default the last name of the layout.
+        features: by default the last name of the layout. The mean is over all that `over` leaves but the examples,
+            the first name.
         epsilon: added to the mean length, in its unit.
         mask: True where an element counts; broadcasts as in NumPy.
         sizes: sizes of the axes that compose a dimension.
@@ -68,17 +68,15 @@ def global_response_norm(
     def step(x, scale, bias):
         length = squares(x, layout, over, mask=mask, sizes=sizes)
         g = length.std  # the gradient of a channel of zeros is 0
-        dims = tuple(i for i, name in enumerate(_spread(length)) if name in flat(parse(features)))
-        response = g / (g.mean(dims, keepdims=True) + jnp.asarray(epsilon, g.dtype))
-        return elementwise(
-            _responded, x, layout, (response, length.axes), (scale, features), (bias, features), mask=mask, sizes=sizes
-        )
+        examples = flat(parse(layout))[0]
+        names = meet(length.axes, length.mean.shape, what="moments").names
+        dims = tuple(i for i, name in enumerate(names) if name != examples)
+        average = g.mean(dims, keepdims=True) + check_epsilon(epsilon, g.dtype)
+        response = g / jnp.where(average <= 0, 1, average)
+        arrays = ("response", response, length.axes), ("scale", scale, features), ("bias", bias, features)
+        return elementwise(_responded, x, layout, *arrays, mask=mask, sizes=sizes)
 
     return step(*(None if z is None else jnp.asarray(z) for z in (x, scale, bias)))
-
-
-def _spread(m: Moments) -> tuple[str, ...]:
-    return meet(m.axes, m.mean.shape, what="moments").names
 
 
 def _above(x: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -138,9 +136,13 @@ def filter_response_norm(
             x, layout, over, scale=scale, bias=bias, features=features, epsilon=epsilon, mask=mask, center=False,
             sizes=sizes,
         )  # fmt: skip
-        return y if threshold is None else elementwise(_above, y, layout, (threshold, features), sizes=sizes)
+        if threshold is None:
+            return y
+        return elementwise(_above, y, layout, ("threshold", threshold, features), mask=mask, sizes=sizes, real=True)
 
-    return step(*(None if z is None else jnp.asarray(z) for z in (x, threshold, scale, bias, epsilon)))
+    x = as_array(x, "x")
+    arrays = (None if z is None else jnp.asarray(z) for z in (threshold, scale, bias))
+    return step(x, *arrays, check_epsilon(epsilon, x.dtype))
 
 
 @named
@@ -203,6 +205,6 @@ def local_response_norm(
         square = abs_sq(z if slots.valid is None else jnp.where(slots.valid, z, 0))
         zero = np.zeros((), square.dtype)  # a number that JAX can see: only so it knows the window for a sum
         total = lax.reduce_window(square, zero, lax.add, window, [1] * x.ndim, pad)
-        return (z * (offset + alpha / size * total) ** -power).astype(op.plan.dtype)
+        return (z * like((offset + alpha / size * total) ** -power, z)).astype(op.plan.dtype)
 
     return op.frame.join(step(op.x, op.slots))

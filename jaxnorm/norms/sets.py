@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxnorm.errors import ArgumentError, named, nearest
-from jaxnorm.layout import Names
+from jaxnorm.layout import Names, flat, parse, text_of
 from jaxnorm.norms.basic import batch_norm
 from jaxnorm.running import RunningStats
 
@@ -62,11 +64,16 @@ def split_batch_norm(
     Differs from: timm's SplitBatchNorm, which cuts every batch into fixed parts. Flax has none.
     """
     own = select_stats(running, which)
+    if isinstance(running, RunningStats) and running.axes[0] in flat(parse(layout)):
+        raise ArgumentError(
+            f"the first axis of stacked statistics is the set, and {running.axes[0]!r} is one of the layout "
+            f'"{text_of(layout)}". Make them with running_stats("set c", set=2, c=64).'
+        )
     if isinstance(running, RunningStats) and (options.get("debias") or options.get("momentum", 0.0) is None):
         raise ArgumentError("stacked statistics share num_updates: debias and momentum=None need a dict of them.")
     y, new = batch_norm(x, own, layout, over, **options)
     if isinstance(running, Mapping):
-        return y, {**running, which: new}
+        return y, type(running)({**running, which: new})  # type: ignore[call-arg]
     mean, var = (old.at[which].set(z) for old, z in ((running.mean, new.mean), (running.var, new.var)))
     return y, RunningStats(mean, var, new.num_updates, running.axes)
 
@@ -101,8 +108,10 @@ def select_stats(running: RunningStats | Mapping[str, RunningStats], which: Any)
             known = ", ".join(map(repr, running))
             raise ArgumentError(f"there are no statistics {which!r}, only {known}.{nearest(str(which), running)}")
         return running[which]
+    if not isinstance(running, RunningStats) or len(running.axes) < 1:
+        raise ArgumentError(f"running must be a dict of RunningStats or stacked ones, got {type(running).__name__}.")
     if isinstance(which, str) or jnp.shape(which) or not jnp.issubdtype(jnp.result_type(which), jnp.integer):
         raise ArgumentError(f"which must be one integer, the index along {running.axes[0]!r}, got {which!r}.")
-    if isinstance(which, int) and not 0 <= which < len(running.mean):
+    if not isinstance(which, Tracer) and not 0 <= int(np.asarray(which)) < len(running.mean):
         raise ArgumentError(f"there is no set {which} along {running.axes[0]!r}, which has {len(running.mean)}.")
     return RunningStats(running.mean[which], running.var[which], running.num_updates, running.axes[1:])

@@ -2,21 +2,26 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from jaxnorm.errors import ArgumentError, LayoutError, named
+from jaxnorm.elementwise import affine, elementwise
+from jaxnorm.errors import ArgumentError, AxisError, LayoutError, named
 from jaxnorm.layout import Names, averaged, kept, meet, text_of
+from jaxnorm.mapped import resolve_over
 from jaxnorm.moments import moments, named_sizes
 from jaxnorm.normalize import normalize, standardize
 from jaxnorm.norms.layer import squares
 from jaxnorm.operands import inexact
 from jaxnorm.sharded import replicated
-from jaxnorm.stats import wide
+from jaxnorm.stats import real_of, wide
 
 
 @named
@@ -143,21 +148,20 @@ def scaled_weight_standardization(
         [-0.5, 0.5, -0.5, 0.5]
 
     Source: Brock, De, Smith 2021, "Characterizing signal propagation to close the performance gap in unnormalized
-        ResNets", equation 5; Brock et al. 2021 (NFNet), equation 3.
+        ResNets", equation 5; Brock et al. 2021 (NFNet), equation 1.
 
     Differs from: the authors' code, which takes max(fan_in var, epsilon).
     """
-    frame = meet(layout, jnp.shape(kernel))
-    fan_in = 1
-    for name in frame.expand(averaged(layout, over)):
-        fan_in *= frame.size(name)
+    kernel = inexact(kernel, "kernel")
+    frame = meet(layout, kernel.shape)
+    fan_in = resolve_over(over, frame)[1].size * math.prod(frame.size(n) for n in frame.expand(averaged(layout, over)))
     features = kept(layout, over) if features is None else features
-    factor = jnp.asarray(gain / max(fan_in, 1) ** 0.5, jnp.float32)
+    factor = jnp.asarray(gain / max(fan_in, 1) ** 0.5, real_of(wide(kernel.dtype)))
     if scale is None:
         scale, features = factor, ()
     else:
         scale = jnp.asarray(scale)
-        scale = scale.astype(wide(scale.dtype)) * factor.astype(wide(scale.dtype))
+        scale = scale.astype(np.promote_types(wide(scale.dtype), factor.dtype)) * factor
     return standardize(kernel, layout, over, scale=scale, features=features, epsilon=epsilon / max(fan_in, 1))[0]
 
 
@@ -261,6 +265,10 @@ def spectral_norm(
         raise ArgumentError(f"num_steps must be an integer, 0 or more, got {num_steps!r}.")
     kernel = inexact(kernel, "kernel")
     frame = meet(layout, kernel.shape)
+    if resolve_over(over, frame)[1].names:
+        raise AxisError(f"a power iteration crosses no mapped axis: gather the kernel first.\n{frame.given}")
+    if isinstance(epsilon, bool) or not isinstance(epsilon, Real) or not float(epsilon) > 0:
+        raise ArgumentError(f"epsilon is the least length, more than 0, got {epsilon!r}.")
     rows = [frame.names.index(name) for name in frame.expand(averaged(layout, over))]
     outputs = [i for i in range(len(frame.names)) if i not in rows]
     if tuple(frame.sizes[i] for i in outputs) != state.u.shape:
@@ -275,16 +283,20 @@ def spectral_norm(
     fixed = jax.lax.stop_gradient(matrix)
 
     def unit(z: jax.Array) -> jax.Array:
-        return z / jnp.maximum(jnp.linalg.norm(z), epsilon)
+        return z / jnp.maximum(jnp.linalg.norm(z), epsilon).astype(z.dtype)
 
     v = unit(fixed @ u)
     for _ in range(num_steps):
         v = unit(fixed @ u)
-        u = unit(jnp.conj(fixed.T) @ v)
-    sigma = jnp.real(jnp.conj(v) @ matrix @ u)
-    safe = jnp.where(sigma == 0, 1, sigma)  # of a kernel of zeros
-    new = SpectralState(u.reshape(state.u.shape), jax.lax.stop_gradient(sigma).astype(state.sigma.dtype), state.axes)
-    return (kernel.astype(matrix.dtype) / safe.astype(matrix.dtype)).astype(kernel.dtype), new
+        found = unit(jnp.conj(fixed.T) @ v)
+        u = jnp.where(jnp.linalg.norm(found) > 0, found, u)  # a kernel of zeros has no direction: the old one stays
+    sigma = jnp.real((jnp.conj(v) @ matrix) @ u)
+    one_over = 1 / jnp.where(sigma == 0, 1, sigma)
+    kept_u = (u if jnp.iscomplexobj(state.u) or not jnp.iscomplexobj(u) else jnp.real(u)).astype(state.u.dtype)
+    new = SpectralState(
+        kept_u.reshape(state.u.shape), jax.lax.stop_gradient(sigma).astype(state.sigma.dtype), state.axes
+    )
+    return elementwise(affine, kernel, layout, ("scale", one_over, ()), ("bias", None, ())), new
 
 
 @named
@@ -336,6 +348,9 @@ def map_kernels(function: Callable[..., Any], params: Any, *states: Any, where: 
     for state in states:
         entries, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda z: isinstance(z, SpectralState))
         rest.append({keys(path): leaf for path, leaf in entries})
+    for path, _ in (entry for entry, use in zip(leaves, found, strict=True) if use):
+        if any(keys(path) not in state for state in rest):
+            raise ArgumentError(f"a tree beside params has nothing for the kernel {'/'.join(keys(path))}.")
     results = [
         function(leaf, *(state[keys(path)] for state in rest)) if use else None
         for (path, leaf), use in zip(leaves, found, strict=True)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm.elementwise import affine, remembering
+from jaxnorm.elementwise import affine, in_range, remembering
 from jaxnorm.errors import ArgumentError, LayoutError, named
-from jaxnorm.layout import Names, kept, last
+from jaxnorm.layout import Names, channels
 from jaxnorm.moments import Moments, moments, named_sizes
 from jaxnorm.operands import check_epsilon, feature_array, operands
 from jaxnorm.running import RunningStats, update
@@ -86,15 +86,23 @@ def inverse_root(s: jax.Array) -> jax.Array:
     Its derivative is written for the function and not for the eigenvectors, which have none where eigenvalues meet:
     with s = V diag(e) V', W = s^(-1/2) and B = V' ds V,   dW = -V (B_ij / (sqrt(e_i e_j) (sqrt(e_i) + sqrt(e_j)))) V'.
     """
-    values, vectors = jnp.linalg.eigh(s)
+    values, vectors = _eigen(s)
     return (vectors / jnp.sqrt(values)[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
+
+
+def _eigen(s: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues and vectors. What is smaller than the rounding of the largest value is that rounding: of channels
+    that repeat each other, or of fewer examples than channels, `eigh` finds values below zero."""
+    values, vectors = jnp.linalg.eigh(s)
+    least = values.max(-1, keepdims=True) * (s.shape[-1] * float(jnp.finfo(s.dtype).eps))
+    return jnp.maximum(values, jnp.where(least > 0, least, 1)), vectors
 
 
 @inverse_root.defjvp
 def _(primals, tangents):
     (s,), (ds,) = primals, tangents
     w = inverse_root(s)
-    values, vectors = jnp.linalg.eigh(s)
+    values, vectors = _eigen(s)
     root, back = jnp.sqrt(values), jnp.swapaxes(vectors, -1, -2)
     between = root[..., :, None] * root[..., None, :] * (root[..., :, None] + root[..., None, :])
     return w, -vectors @ ((back @ ds @ vectors) / between) @ back
@@ -103,6 +111,7 @@ def _(primals, tangents):
 def newton_inverse_root(s: jax.Array, num_iterations: int) -> jax.Array:
     """s^(-1/2) by Newton's iteration, of matrix products alone: exact for many iterations, milder for few."""
     trace = jnp.trace(s, axis1=-2, axis2=-1)[..., None, None]
+    trace = jnp.where(trace > 0, trace, 1)
     eye = jnp.eye(s.shape[-1], dtype=s.dtype)[None]
     # With q = s p carried along, p (3 - q p) / 2 is the paper's (3 p - p^3 s) / 2, and does not diverge by rounding
     # (Higham 2008, "Functions of Matrices", section 6.3).
@@ -117,12 +126,12 @@ def _whiten(root, x, running, layout, over, scale, bias, momentum, epsilon, mask
     """y and the new running statistics; `root` makes a whitening matrix of a covariance."""
     if not isinstance(running, RunningCovariance):
         raise ArgumentError(f"running must be RunningCovariance, got {type(running).__name__}: see running_covariance.")
-    c = last(layout)
+    c = channels(layout, over)
     op = operands(x, layout, over, mask=mask, weights=weights, groups=groups)
-    if kept(layout, over) != (c,) or running.axes != (c,) or running.mean.shape != (op.frame.size(c),):
+    if running.axes != (c,) or running.mean.shape != (op.frame.size(c),):
         raise LayoutError(
-            f"whitening leaves the channels {c!r} alone: average all other dimensions, and keep the statistics along "
-            f"them.\n  running along {running.axes} of shape {running.mean.shape}\n{op.frame.given}"
+            f"the running covariance is kept along the channels, {c!r}.\n"
+            f"  running along {running.axes} of shape {running.mean.shape}\n{op.frame.given}"
         )
     if jnp.iscomplexobj(op.x):
         raise LayoutError(f"whitening is of real x, got {op.x.dtype}.\n{op.frame.given}")
@@ -167,7 +176,7 @@ def _whiten(root, x, running, layout, over, scale, bias, momentum, epsilon, mask
             y = jnp.einsum("gij,...gj->...gi", w, jnp.where(valid, centred, 0))
             y = y + jnp.where(valid, 0, centred) * own.reshape(*(1,) * (z.ndim - 1), *own.shape)
         y = affine(back(y), scale, bias)
-        return y.astype(op.plan.dtype), running
+        return in_range(y, slots, op.plan.dtype).astype(op.plan.dtype), running
 
     placed = (feature_array(z, c, op.frame, name, op.x.dtype) for z, name in ((scale, "scale"), (bias, "bias")))
     return step(op.x, op.slots, running, *placed)
@@ -207,8 +216,9 @@ def decorrelated_batch_norm(
     Args:
         x: array laid out as `layout`, real.
         running: RunningCovariance, which says the size of the groups.
-        layout: a name for every dimension of `x`, the channels last.
-        over: the axes averaged: all dimensions but the channels, and mapped axes.
+        layout: a name for every dimension of `x`.
+        over: the axes averaged: all dimensions but the channels, and mapped axes, which whitening crosses twice: for
+            the mean, then for the covariance about it.
         scale, bias: along the channels; none means 1 and 0.
         momentum: the part of the old running value that is kept; None for the cumulative average.
         epsilon: added to the diagonal of the covariance, in its unit.
@@ -283,7 +293,7 @@ def iterative_norm(
     Source: Huang et al. 2019, "Iterative Normalization: Beyond Standardization towards Efficient Whitening",
         algorithm 1.
 
-    Differs from: Flax and torch have none.
+    Differs from: the authors' code, which averages the whitening matrix. Flax and torch have none.
     """
     if not isinstance(num_iterations, int) or num_iterations < 1:
         raise ArgumentError(f"num_iterations must be a positive integer, got {num_iterations!r}.")
