@@ -254,7 +254,7 @@ LARGE = "cross-iteration batch", "SPADE", "virtual batch"
 
 
 # Without those that keep what they are given as large as x: a layer's input, a scale for every place.
-@pytest.mark.parametrize("case", [c for c in CASES if c.name not in (*LARGE)],
+@pytest.mark.parametrize("case", [c for c in CASES if c.name not in LARGE],
                          ids=lambda case: case.name)  # fmt: skip
 def test_only_x_is_kept(case):
     shape = (N, 16 * H, C * WIDE) if case.shape == (N, H, C) else (*case.shape[:2], C * WIDE)
