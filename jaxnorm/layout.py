@@ -121,7 +121,7 @@ def last(layout: Names) -> str:
 def first(layout: Names) -> str:
     """The first name of the layout, which a norm takes for the examples: a plain one, and not `...`."""
     dims = parse(layout)
-    dim = dims[0] if dims else (ELLIPSIS,)
+    dim: tuple[str, ...] = dims[0] if dims else (ELLIPSIS,)
     if len(dim) > 1 or dim == (ELLIPSIS,):
         raise LayoutError(f'the first dimension of the layout "{text_of(layout)}" must be one name, the examples.')
     return dim[0]

@@ -28,9 +28,8 @@ hosts = pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_signatures(kind, host):
     """Every argument of Flax's stands in its place with its default; what is added is keyword-only."""
-    added = {"__init__": {"layout", "over", "features", "sizes"}, "__call__": {"weights"}}
-    if kind == "BatchNorm":
-        added["__init__"] |= {"debias", "unbiased"}
+    added = {"__init__": {"layout", "over", "features", "sizes"}, "__call__": {"weights", "scale", "bias", "features"}}
+    added["__init__"] |= {"BatchNorm": {"debias", "unbiased"}, "RMSNorm": {"scale_offset"}}.get(kind, set())
     for method, new in added.items():
         mine, its = (inspect.signature(getattr(getattr(library, kind), method)).parameters for library in HOSTS[host])
         assert list(mine)[: len(its)] == list(its), method

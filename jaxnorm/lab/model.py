@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.linen import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from jaxnorm.lab import blocks
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"sigmoid": nn.sigmoid, "relu": nn.relu}
 WIDTH = 16
@@ -33,31 +33,12 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Logits (n, classes) of pictures (n, h, w, c). The activations' inputs are sown into `intermediates`."""
+        picture = x
         for i in range(self.depth):
             stride = 2 if i % 2 == 0 and min(x.shape[1:3]) > 2 else 1
-            x = nn.Conv(WIDTH, (3, 3), stride, name=f"conv_{i}")(x)
-            x = self.normalized(x, train, f"norm_{i}")
+            convolution = nn.Conv(WIDTH, (3, 3), stride, use_bias=blocks.keeps_bias(self.norm), name=f"conv_{i}")
+            block = blocks.Block(self.norm, train, self.local, f"norm_{i}")
+            x = block(convolution, x, picture)
             self.sow("intermediates", f"pre_activation_{i}", x)
             x = ACTIVATIONS[self.activation](x)
         return nn.Dense(self.classes, name="logits")(jnp.reshape(x, (x.shape[0], -1)))
-
-    def normalized(self, x: jax.Array, train: bool, name: str) -> jax.Array:
-        match self.norm:
-            case "batch":
-                # The question mark: there are devices in training only, not at initialisation or in a notebook.
-                over = "..." if self.local_stats else "... devices?"
-                # Momentum 0.9: at the default 0.99 the running statistics would lag by half of a short run.
-                norm = BatchNorm(not train, over=over, momentum=0.9, name=name)
-            case "layer":
-                norm = LayerNorm(name=name)
-            case "instance":
-                norm = InstanceNorm(name=name)
-            case "group":
-                norm = GroupNorm(num_groups=4, name=name)
-            case "rms":
-                norm = RMSNorm(name=name)
-            case "none":
-                return x
-            case unknown:
-                raise ValueError(f"unknown norm {unknown!r}")
-        return norm(x)

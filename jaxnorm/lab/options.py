@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-NORMS = ("batch", "layer", "instance", "group", "rms", "none")
+from jaxnorm.table import norms
+
+NORMS = ("batch", "layer", "instance", "group", "rms", "none")  # unless others are asked for
+EVERY_NORM = (*(name.lower().replace(" ", "-") for name in norms().names), "none")
 ACTIVATIONS = ("sigmoid", "relu")
 DEVICES = 8
 
@@ -30,6 +33,8 @@ examples:
       is it the norm or the sigmoid? with the spread over five seeds
   jaxnorm compare --norms batch --batch-size 8 --epochs 3 --local-stats
       one example a device, normalized by itself; without --local-stats by the statistics of all eight
+  jaxnorm compare --norms batch,ghost-batch,batch-renorm,switchable,weight --epochs 5
+      any norm of jaxnorm.norms()
   jaxnorm compare --dataset fashion-mnist --epochs 2 --seeds 1 --batch-size 256
       a few minutes; from the Debian package dataset-fashion-mnist, or from --data DIR with its four .gz files
   jaxnorm compare --dataset mine.npz --out runs/mine
@@ -78,8 +83,13 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         shown = "" if default in (None, False) else f" (default: {kwargs.pop('shown', default)})"
         parser.add_argument(flag, default=default, help=help + shown, **kwargs)
 
-    every = ",".join(NORMS)
-    add("--norms", f"which, of {every}", type=some_of(NORMS, "norm"), metavar="A,B,...", shown=every)
+    add(
+        "--norms",
+        f"which, of {', '.join(EVERY_NORM)}",
+        type=some_of(EVERY_NORM, "norm"),
+        metavar="A,B,...",
+        shown=",".join(NORMS),
+    )
     add(
         "--devices",
         f"how many; simulated on CPU, the real ones on GPU and TPU (default: {DEVICES}, or all the real ones if fewer)",

@@ -1,6 +1,7 @@
 """The three pictures of `jaxnorm compare`, in colours that the colour-blind can tell apart (Okabe and Ito)."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,15 @@ STYLES = {  # colour and marker: told apart in grey as well
     "rms": ("#CC79A7", "v"),
     "none": ("#000000", "x"),
 }
+OTHERS = ("#56B4E9", "#F0E442", "#999999", "#332288", "#117733", "#882255")  # for any norm beyond these
 BY_DEPTH = "convolution, counted from the picture"
 OVER_SEEDS = "mean over the seeds; shaded: from the lowest to the highest"
+
+
+def styles(norms: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A colour and marker for each norm: its own, or the next of the others."""
+    others = itertools.cycle(zip(OTHERS, "Pp*hX<", strict=True))
+    return {norm: STYLES.get(norm) or next(others) for norm in norms}
 
 
 def draw(folder: Path, runs: list[Run]) -> list[Path]:
@@ -69,10 +77,11 @@ def activations(runs: list[Run]) -> Figure:
     first = {norm: of_norm[0] for norm, of_norm in by_norm(runs).items()}
     figure = Figure(figsize=(max(6, 1 + 2.1 * len(first)), 5.8), layout="constrained")
     grid = figure.subplots(2, len(first), sharex=True, sharey="row", squeeze=False)
+    style = styles(first)
     for column, (norm, run) in zip(grid.T, first.items(), strict=True):
         for axes, look in zip(column, (run.before, run.after), strict=True):
             if look:
-                fan(axes, np.array(look.quantiles), STYLES[norm][0])
+                fan(axes, np.array(look.quantiles), style[norm][0])
             else:
                 axes.text(0.5, 0.5, "not finished", ha="center", transform=axes.transAxes)
         column[0].set_title(norm)
@@ -100,11 +109,12 @@ def fan(axes: Axes, quantiles: np.ndarray, colour: str) -> None:
 
 def lines_by_norm(axes: Axes, runs: list[Run], values: Callable[[Run], list[float]]) -> None:
     """A line for each norm, the mean over its seeds, and the range from seed to seed behind it."""
+    style = styles(by_norm(runs))
     for norm, of_norm in by_norm(runs).items():
         rows = [values(run) for run in of_norm]
         rows = np.array([row for row in rows if len(row) == len(rows[0])])
         x = np.arange(1, rows.shape[1] + 1)
-        colour, marker = STYLES[norm]
+        colour, marker = style[norm]
         axes.plot(x, rows.mean(axis=0), color=colour, marker=marker, markersize=4, label=norm)
         axes.fill_between(x, rows.min(axis=0), rows.max(axis=0), color=colour, alpha=0.15, linewidth=0)
     whole_numbers(axes, max(len(values(run)) for run in runs))

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.elementwise import deviation
 from jaxnorm.errors import ArgumentError, LayoutError, named
-from jaxnorm.layout import Names, first, kept, meet, parse
+from jaxnorm.layout import Names, first, flat, kept, meet, parse
 from jaxnorm.mapped import Groups
 from jaxnorm.moments import Moments, broadcast_to, known, merge, moments
 from jaxnorm.normalize import normalize
@@ -72,8 +72,9 @@ def ghost_batch_norm(
         raise LayoutError(f"num_ghosts={num_ghosts!r} does not divide the {size} entries along {n!r}.")
     ghosts = f"({n}_ghost {n})"
     dims = tuple(dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in parse(layout))
+    names = kept(layout, over) if features is None else flat(parse(features, "features"))
     return batch_norm(
-        x, running, (ghosts, *dims[1:]), over, features=kept(layout, over) if features is None else features,
+        x, running, (ghosts, *dims[1:]), over, features=tuple(ghosts if name == n else name for name in names),
         sizes={**(sizes or {}), f"{n}_ghost": int(num_ghosts)}, **options,
     )  # fmt: skip
 

@@ -74,7 +74,12 @@ def split_batch_norm(
     y, new = batch_norm(x, own, layout, over, **options)
     if isinstance(running, Mapping):
         return y, type(running)({**running, which: new})  # type: ignore[call-arg]
-    mean, var = (old.at[which].set(z) for old, z in ((running.mean, new.mean), (running.var, new.var)))
+
+    def put(old: jax.Array, one: jax.Array) -> jax.Array:  # the mean of complex x is complex
+        old = jnp.asarray(old)
+        return old.astype(np.promote_types(old.dtype, one.dtype)).at[which].set(one)
+
+    mean, var = put(running.mean, new.mean), put(running.var, new.var)
     return y, RunningStats(mean, var, new.num_updates, running.axes)
 
 
@@ -114,4 +119,5 @@ def select_stats(running: RunningStats | Mapping[str, RunningStats], which: Any)
         raise ArgumentError(f"which must be one integer, the index along {running.axes[0]!r}, got {which!r}.")
     if not isinstance(which, Tracer) and not 0 <= int(np.asarray(which)) < len(running.mean):
         raise ArgumentError(f"there is no set {which} along {running.axes[0]!r}, which has {len(running.mean)}.")
-    return RunningStats(running.mean[which], running.var[which], running.num_updates, running.axes[1:])
+    mean, var = jnp.asarray(running.mean)[which], jnp.asarray(running.var)[which]
+    return RunningStats(mean, var, running.num_updates, running.axes[1:])

@@ -1,23 +1,4 @@
-"""flax.linen's five norms on jaxnorm: change the import, keep the model and its checkpoints.
-
-    from jaxnorm.linen import BatchNorm  # was: from flax.linen import BatchNorm
-
-Every argument, variable, initialiser and dtype is Flax's. Where the numbers differ Flax is wrong (masks across devices,
-large means, fully masked batches), and each class says where. Two of Flax's arguments do less here. `use_fast_variance`
-does nothing: the stable way costs the same here in collectives, and less in memory and, with a backward pass, in time
-(`jaxnorm bench`). With `force_float32_reductions=False` the state has `param_dtype`, as in Flax, but statistics are
-float32 or wider all the same.
-
-Added to all of them, keyword-only:
-    layout: names of the dimensions of x, "n h w c", in place of Flax's numbers.
-    over: the axes averaged together, mapped axes of the devices among them; `name?` for one that may be absent.
-    features: the axes of scale and bias.
-    sizes: sizes of the axes that compose a dimension of the layout, {"m": 4} for "(m n) h w c".
-and to their call:
-    weights: how much an element counts, not negative, broadcastable to x.
-
-Initialisation touches no collective and updates nothing, whatever `over` or `axis_name` names.
-"""
+"""flax.linen's five norms, drop-in: see jaxnorm.linen."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -29,6 +10,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from jaxnorm import dropin
+from jaxnorm.dropin import Given
 from jaxnorm.layout import Names
 from jaxnorm.running import RunningStats
 
@@ -48,23 +30,26 @@ class _Module(nn.Module, kw_only=True):
         super().__post_init__()
 
 
-def _parameters(module: Any, row: dropin.Row, x: jax.Array) -> tuple[jax.Array | None, jax.Array | None, Any]:
-    """scale, bias and the dtype of y. Made in Flax's order, so that a seed gives the same ones."""
+def _parameters(module: Any, row: dropin.Row, x: jax.Array, given: Given) -> tuple[dropin.Row, Any, Any, Any]:
+    """The row, scale, bias and the dtype of y. Made in Flax's order, so that a seed gives the same ones."""
     shape = row.lengths(row.features, x.shape)
     scale = module.param("scale", module.scale_init, shape, module.param_dtype) if module.use_scale else None
     bias = module.param("bias", module.bias_init, shape, module.param_dtype) if module.use_bias else None
-    return scale, bias, dropin.result_dtype(module.dtype, x, scale, bias)
+    row, scale, bias = module._affine(row, (scale, bias), given)
+    return row, scale, bias, dropin.result_dtype(module.dtype, x, scale, bias)
 
 
 class _Stateless(_Module):
     @nn.compact
-    def __call__(self: Any, x, *, mask=None, weights=None):
+    def __call__(self: Any, x, *, mask=None, weights=None, scale=None, bias=None, features=None):
         """Normalize x.
 
         Args:
             x: array, real, complex or integer.
             mask: True where an element counts; broadcasts to x as in NumPy.
             weights: how much an element counts.
+            scale, bias: in the place of parameters, which the module must not have.
+            features: the axes of this scale and bias, of a layout given by name; those of the module by default.
 
         Returns:
             y, of the shape of x.
@@ -72,7 +57,8 @@ class _Stateless(_Module):
         with dropin.naming(self, self.path):
             x = jnp.asarray(x)
             row = self._row(x.shape, sync=not self.is_initializing())
-            return self._standardize(x, row, *_parameters(self, row, x), mask=mask, weights=weights)[0]
+            arrays = _parameters(self, row, x, Given(scale, bias, features))
+            return self._standardize(x, *arrays, mask=mask, weights=weights)[0]
 
 
 class BatchNorm(dropin.Batch, _Module):
@@ -136,7 +122,10 @@ class BatchNorm(dropin.Batch, _Module):
     unbiased: bool = dataclasses.field(default=False, kw_only=True)
 
     @nn.compact
-    def __call__(self, x, use_running_average: bool | None = None, *, mask=None, weights=None):
+    def __call__(
+        self, x, use_running_average: bool | None = None, *, mask=None, weights=None, scale=None, bias=None,
+        features=None,
+    ):  # fmt: skip
         """Normalize x: with its own statistics, updating batch_stats, or with batch_stats.
 
         Args:
@@ -144,6 +133,8 @@ class BatchNorm(dropin.Batch, _Module):
             use_running_average: normalize with batch_stats and change nothing. Here or in the constructor.
             mask: True where an element counts; broadcasts to x as in NumPy. Ignored in evaluation, as in Flax.
             weights: how much an element counts.
+            scale, bias: in the place of parameters, which the module must not have.
+            features: the axes of this scale and bias, of a layout given by name; those of the module by default.
 
         Returns:
             y, of the shape of x.
@@ -159,7 +150,7 @@ class BatchNorm(dropin.Batch, _Module):
             counter = self.variable("batch_stats", "num_updates", jnp.zeros, (), jnp.int32) if self._counts() else None
             num_updates = jnp.zeros((), jnp.int32) if counter is None else counter.value
             running = RunningStats(mean.value, var.value, num_updates, row.running)
-            arrays = _parameters(self, row, x)
+            row, *arrays = _parameters(self, row, x, Given(scale, bias, features))
             if evaluate:
                 return self._evaluate(x, row, running, *arrays)
             y, running = self._train(x, row, running, *arrays, mask=mask, weights=weights)
@@ -213,11 +204,12 @@ class LayerNorm(dropin.Layer, _Stateless):
 class RMSNorm(dropin.RMS, _Stateless):
     """RMS norm as a drop-in for flax.linen.RMSNorm.
 
-        y = x / sqrt(mean(|x|^2) + epsilon) * scale,   mean over the last axis
+        y = x / sqrt(mean(|x|^2) + epsilon) * (scale_offset + scale),   mean over the last axis
 
     Variables: params/scale.
 
     Args:
+        scale_offset: 1.0 for models that store scale - 1, as Gemma does; scale_init is then zeros.
         layout, over, features, sizes: see jaxnorm.linen; over is by default the last dimension, features what is
             averaged. All others are flax.linen.RMSNorm's.
 
@@ -249,6 +241,7 @@ class RMSNorm(dropin.RMS, _Stateless):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    scale_offset: float = dataclasses.field(default=0.0, kw_only=True)
 
 
 class GroupNorm(dropin.Group, _Stateless):

@@ -1,23 +1,5 @@
-"""flax.nnx's five norms on jaxnorm: change the import, keep the model and its checkpoints.
+"""flax.nnx's five norms, drop-in: see jaxnorm.nnx."""
 
-    from jaxnorm.nnx import BatchNorm  # was: from flax.nnx import BatchNorm
-
-Every argument, variable, initialiser and dtype is Flax's. Where the numbers differ Flax is wrong (masks across devices,
-large means, fully masked batches, running statistics read in half precision), and each class says where. Two of Flax's
-arguments do less here. `use_fast_variance` does nothing: the stable way costs the same here in collectives, and
-less in memory and, with a backward pass, in time (`jaxnorm bench`). `promote_dtype` left alone decides the dtype
-of y and casts nothing else; your own is called as Flax calls it, but stored statistics stay as they are.
-
-Added to all of them, keyword-only:
-    layout: names of the dimensions of x, "n h w c", in place of Flax's numbers.
-    over: the axes averaged together, mapped axes of the devices among them; `name?` for one that may be absent.
-    features: the axes of scale and bias, which have num_features entries in all.
-    sizes: sizes of the axes that compose a dimension of the layout, {"m": 4} for "(m n) h w c".
-and to their call:
-    weights: how much an element counts, not negative, broadcastable to x.
-"""
-
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -30,7 +12,9 @@ from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from jax.nn.initializers import Initializer, ones, zeros
 
 from jaxnorm import dropin
+from jaxnorm.dropin import Given
 from jaxnorm.layout import Names
+from jaxnorm.nnx.host import fitted
 from jaxnorm.running import RunningStats
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
@@ -60,34 +44,35 @@ class _Module(nnx.Module):
         if bias_init is not None:
             self.bias = parameter(self.use_bias, bias_init, bias_metadata)
 
-    def _arrays(self: Any, x, row: dropin.Row, *stats) -> tuple[Any, jax.Array | None, jax.Array | None, Any]:
-        """x, scale, bias and the dtype of y, after `promote_dtype`."""
-        variables = (self.scale, self.bias) if hasattr(self, "bias") else (self.scale,)
-        parameters = tuple(None if variable is None else variable[...] for variable in variables)
+    def _arrays(self: Any, x, row: dropin.Row, given: Given, *stats) -> tuple[Any, dropin.Row, Any, Any, Any]:
+        """x, the row, scale, bias and the dtype of y, after `promote_dtype`."""
+        shape = row.lengths(row.features, x.shape)
+        own = [None if v is None else fitted(v[...], shape) for v in (self.scale, getattr(self, "bias", None))]
+        row, *parameters = self._affine(row, own, given)
+        if parameters[1] is None and not hasattr(self, "bias"):
+            parameters = parameters[:1]
         values = (x, *stats, *parameters)
         if self.promote_dtype is not flax_promote_dtype:
             x, *values = self.promote_dtype(values, dtype=self.dtype)
             parameters = values[len(stats) :]
             values = (x, *parameters)
         dtype = dropin.result_dtype(self.dtype, *values)
-        shape = row.lengths(row.features, x.shape)
-        scale, bias = (*(None if p is None else _fitted(p, shape) for p in parameters), None)[:2]
-        return x, scale, bias, dtype
-
-
-def _fitted(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """nnx keeps every parameter flat. One of another size stays as it is, for the verbs to name."""
-    return value.reshape(shape) if value.size == math.prod(shape) else value
+        scale, bias = (*parameters, None)[:2]
+        return x, row, scale, bias, dtype
 
 
 class _Stateless(_Module):
-    def __call__(self: Any, x, *, mask=None, weights=None) -> jax.Array:
+    def __call__(
+        self: Any, x, *, mask=None, weights=None, scale=None, bias=None, features=None
+    ) -> jax.Array:  # fmt: skip
         """Normalize x.
 
         Args:
             x: array, real, complex or integer.
             mask: True where an element counts; broadcasts to x as in NumPy.
             weights: how much an element counts.
+            scale, bias: in the place of parameters, which the module must not have.
+            features: the axes of this scale and bias, of a layout given by name; those of the module by default.
 
         Returns:
             y, of the shape of x.
@@ -95,8 +80,8 @@ class _Stateless(_Module):
         with dropin.naming(self):
             x = jnp.asarray(x)
             row = self._row(x.shape)
-            x, *arrays = self._arrays(x, row)
-            return self._standardize(x, row, *arrays, mask=mask, weights=weights)[0]
+            x, *arrays = self._arrays(x, row, Given(scale, bias, features))
+            return self._standardize(x, *arrays, mask=mask, weights=weights)[0]
 
 
 class BatchNorm(dropin.Batch, _Module):
@@ -150,7 +135,10 @@ class BatchNorm(dropin.Batch, _Module):
         if self._counts():
             self.num_updates = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
-    def __call__(self, x, use_running_average: bool | None = None, *, mask=None, weights=None) -> jax.Array:
+    def __call__(
+        self, x, use_running_average: bool | None = None, *, mask=None, weights=None, scale=None, bias=None,
+        features=None,
+    ) -> jax.Array:  # fmt: skip
         """Normalize x: with its own statistics, updating the running ones, or with these.
 
         Args:
@@ -158,6 +146,8 @@ class BatchNorm(dropin.Batch, _Module):
             use_running_average: normalize with the running statistics and change nothing. Here or in the constructor.
             mask: True where an element counts; broadcasts to x as in NumPy. Ignored in evaluation, as in Flax.
             weights: how much an element counts.
+            scale, bias: in the place of parameters, which the module must not have.
+            features: the axes of this scale and bias, of a layout given by name; those of the module by default.
 
         Returns:
             y, of the shape of x.
@@ -173,8 +163,8 @@ class BatchNorm(dropin.Batch, _Module):
             shape = row.lengths(row.running, x.shape)
             mean, var = self.mean[...], self.var[...]
             num_updates = self.num_updates[...] if self._counts() else jnp.zeros((), jnp.int32)
-            running = RunningStats(_fitted(mean, shape), _fitted(var, shape), num_updates, row.running)
-            x, *arrays = self._arrays(x, row, mean, var)
+            running = RunningStats(fitted(mean, shape), fitted(var, shape), num_updates, row.running)
+            x, row, *arrays = self._arrays(x, row, Given(scale, bias, features), mean, var)
             if evaluate:
                 return self._evaluate(x, row, running, *arrays)
             y, running = self._train(x, row, running, *arrays, mask=mask, weights=weights)
@@ -236,11 +226,12 @@ class LayerNorm(dropin.Layer, _Stateless):
 class RMSNorm(dropin.RMS, _Stateless):
     """RMS norm as a drop-in for flax.nnx.RMSNorm.
 
-        y = x / sqrt(mean(|x|^2) + epsilon) * scale,   mean over the last axis
+        y = x / sqrt(mean(|x|^2) + epsilon) * (scale_offset + scale),   mean over the last axis
 
     Variables: Param scale.
 
     Args:
+        scale_offset: 1.0 for models that store scale - 1, as Gemma does; scale_init is then zeros.
         layout, over, features, sizes: see jaxnorm.nnx; over is by default the last dimension, features what is
             averaged. All others are flax.nnx.RMSNorm's.
 
@@ -266,13 +257,13 @@ class RMSNorm(dropin.RMS, _Stateless):
         axis_name: Any = None, axis_index_groups: Any = None, use_fast_variance: bool = True,
         promote_dtype: Any = flax_promote_dtype, rngs: nnx.Rngs, scale_metadata: Mapping[str, Any] = NO_METADATA,
         layout: Names | None = None, over: Names | None = None, features: Names | None = None,
-        sizes: Mapping[str, int] | None = None,
+        sizes: Mapping[str, int] | None = None, scale_offset: float = 0.0,
     ):  # fmt: skip
         _Module._build(**locals())
 
-    def __call__(self, x, mask=None, *, weights=None) -> jax.Array:
+    def __call__(self, x, mask=None, *, weights=None, scale=None, bias=None, features=None) -> jax.Array:
         """As the others', but for `mask`, which Flax lets stand second here."""
-        return super().__call__(x, mask=mask, weights=weights)
+        return super().__call__(x, mask=mask, weights=weights, scale=scale, bias=bias, features=features)
 
 
 class GroupNorm(dropin.Group, _Stateless):

@@ -1,0 +1,161 @@
+"""How flax.nnx holds what `jaxnorm.family` describes."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.module import first_from
+
+from jaxnorm.dropin import naming
+from jaxnorm.family.weights import start
+
+
+def fitted(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """nnx keeps every parameter flat. One of another size stays as it is, for the verbs to name."""
+    value = jnp.asarray(value)  # NumPy's, if restored
+    return value.reshape(shape) if value.size == math.prod(shape) else value
+
+
+class Holder(nnx.Module):
+    """Parameters as Param, state as BatchStat, by the words of the description that it is mixed with."""
+
+    def _build(self: Any, num_features: int | None, rngs: Any, *inputs: Any) -> None:
+        self._settle()
+
+        def lengths(names: Any) -> tuple[int | None, ...]:
+            return (num_features,)
+
+        with naming(self):
+            for name, entry in self._parameters(lengths, *inputs).items():
+                made = None if entry is None else nnx.Param(entry.init(rngs.params(), entry.shape, entry.dtype))
+                setattr(self, name, nnx.data(made))
+            for name, entry in self._statistics(lengths, *inputs).items():
+                setattr(self, name, nnx.BatchStat(entry.init(None, entry.shape, entry.dtype)))
+
+    def _trains(self, use_running_average: bool | None) -> bool:
+        return False
+
+    def _run(self: Any, x, *inputs, use_running_average=None, **call):
+        train = self._trains(use_running_average)
+        with naming(self):
+            x = jnp.asarray(x)
+            lengths = self._lengths(self._shape(x, *inputs))
+            own = {
+                name: None if entry is None else fitted(getattr(self, name)[...], entry.shape)
+                for name, entry in self._parameters(lengths, *inputs).items()
+            }
+            state = {
+                name: fitted(getattr(self, name)[...], entry.shape)
+                for name, entry in self._statistics(lengths, *inputs).items()
+            }
+            y, new = self._step(own, state, x, *inputs, train=train, sync=True, **call)
+            if train:
+                for name in state:
+                    variable = getattr(self, name)
+                    variable.set_value(new[name].reshape(variable.shape))
+            return y
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Host(Holder):
+    """A norm of num_features channels."""
+
+    num_features: int
+    _: dataclasses.KW_ONLY
+    rngs: dataclasses.InitVar[nnx.Rngs]
+
+    def __post_init__(self, rngs: nnx.Rngs):
+        self._build(self.num_features, rngs)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class BareHost(Holder):
+    """A norm that holds nothing: it may be built as the others are, and need not."""
+
+    num_features: int | None = None
+    _: dataclasses.KW_ONLY
+    rngs: dataclasses.InitVar[nnx.Rngs | None] = None
+
+    def __post_init__(self, rngs: nnx.Rngs | None):
+        self._build(self.num_features, rngs)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Switch(nnx.Module):
+    """For what is trained in one way and evaluated in another."""
+
+    _: dataclasses.KW_ONLY
+    use_running_average: bool | None = False
+
+    def _trains(self, use_running_average: bool | None) -> bool:
+        error = "use_running_average is needed: in the constructor, in the call, or through nnx.view."
+        return not first_from(use_running_average, self.use_running_average, error_msg=error)
+
+    def set_view(self, use_running_average: bool | None = None):
+        """Called by `nnx.view`.
+
+        Args:
+          use_running_average: normalize with the running statistics instead of those of x.
+        """  # nnx.view_info reads this, and its arguments stand two spaces in
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class RunningHost(Switch, Host):
+    """A norm of num_features channels with running statistics."""
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Wrapper(nnx.Module):
+    """A module with other kernels for the time of a call. Mixed with a description of `jaxnorm.family.weights`."""
+
+    layer: nnx.Module
+    _: dataclasses.KW_ONLY
+    rngs: dataclasses.InitVar[nnx.Rngs | None] = None
+
+    def __post_init__(self: Any, rngs: nnx.Rngs | None):
+        self._settle()
+        with naming(self):
+            kernels = self._kernels(nnx.to_pure_dict(nnx.state(self.layer, nnx.Param)))
+            parameters, state = self._entries(kernels)
+            key = None if rngs is None else rngs.params()
+            parameters = jax.tree.map(nnx.Param, start(parameters, key))
+            state = jax.tree.map(nnx.BatchStat, start(state, key))
+        self.norm = nnx.data({path: {**parameters[path], **state[path]} for path in kernels})
+
+    def __call__(self, *args, **kwargs):
+        """Call the module inside with normalized kernels.
+
+        Args:
+            *args, **kwargs: what it takes.
+
+        Returns:
+            What it returns.
+        """
+        return self._call(args, kwargs, train=False)
+
+    def _call(self: Any, args, kwargs, train: bool):
+        with naming(self):
+            kernels = self._kernels(nnx.to_pure_dict(nnx.state(self.layer, nnx.Param)))
+            new, after = self._step(self._held(nnx.Param), self._held(nnx.BatchStat), kernels, train)
+            if train:
+                for path, values in after.items():
+                    for name, value in values.items():
+                        self.norm[path][name].set_value(value)
+        return with_kernels(self.layer, new)(*args, **kwargs)
+
+    def _held(self, kind: type) -> dict[str, dict[str, jax.Array]]:
+        return {path: {n: v[...] for n, v in own.items() if isinstance(v, kind)} for path, own in self.norm.items()}
+
+
+def with_kernels(layer: nnx.Module, new: dict[str, jax.Array]) -> Any:
+    """The layer with other values at these paths. All other variables are its own, so that it updates its state."""
+    graph, kernels, rest = nnx.split(layer, lambda path, _: "/".join(map(str, path)) in new, ...)
+    kernels = nnx.from_flat_state(
+        [(path, old.replace(new["/".join(map(str, path))])) for path, old in nnx.to_flat_state(kernels)]
+    )
+    return nnx.merge(graph, kernels, rest)
