@@ -14,6 +14,7 @@ from jaxnorm.moments import Moments, broadcast_to, merge_along, moments
 from jaxnorm.normalize import normalize
 from jaxnorm.norms.basic import batch_norm, group_norm
 from jaxnorm.running import RunningStats, check_running, update
+from jaxnorm.sharded import keep_sharding
 
 
 @named
@@ -96,7 +97,7 @@ def switchable_norm(
         parts = instance, layer, broadcast_to(batch, instance)
         mean = mixed(mean_logits, [m.mean for m in parts])
         var = mixed(var_logits, [m.var for m in parts])
-        some = jnp.stack([m.count.astype(var.dtype) for m in parts]).sum(0)
+        some = jnp.stack([keep_sharding(m.count.astype(var.dtype), var) for m in parts]).sum(0)
         stats = Moments(some, mean, some * var, instance.axes)
         affine = {"scale": scale, "bias": bias, "features": features}
         return normalize(x, stats, layout, **affine, epsilon=epsilon, **counted), running
