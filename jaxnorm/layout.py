@@ -121,10 +121,9 @@ def last(layout: Names) -> str:
 def first(layout: Names) -> str:
     """The first name of the layout, which a norm takes for the examples: a plain one, and not `...`."""
     dims = parse(layout)
-    dim: tuple[str, ...] = dims[0] if dims else (ELLIPSIS,)
-    if len(dim) > 1 or dim == (ELLIPSIS,):
+    if not dims or len(dims[0]) > 1 or dims[0] == (ELLIPSIS,):
         raise LayoutError(f'the first dimension of the layout "{text_of(layout)}" must be one name, the examples.')
-    return dim[0]
+    return dims[0][0]
 
 
 def channels(layout: Names, over: Names) -> str:

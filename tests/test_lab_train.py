@@ -1,5 +1,6 @@
 """The lab's parts: the data, the nets that differ in nothing but the norm, the data-parallel step."""
 
+import functools
 import gzip
 import struct
 
@@ -141,6 +142,23 @@ def test_nets_differ_in_nothing_but_the_norm(norm, activation):
         np.testing.assert_allclose(np.median(squares[norm]), 1, atol=0.02)
     else:
         assert abs(np.median(squares["batch"]) - 1) > 0.1
+
+
+@pytest.mark.parametrize("norm", sorted(set(options.EVERY_NORM) - set(options.NORMS)))
+def test_every_norm_has_its_place_in_the_net(norm):
+    """A step on two devices and an evaluation can be traced; the state keeps its type, and the loss has a gradient."""
+    net, optimizer = model(norm), optax.sgd(RATE)
+    spec = train.State(train.SAME, train.SAME, train.SAME)
+    step = jax.shard_map(
+        functools.partial(train.step, net, optimizer), mesh=mesh(2), in_specs=(spec, train.EACH, train.EACH),
+        out_specs=(spec, train.Seen(train.SAME, train.SAME, train.SAME, train.EACH)),
+    )  # fmt: skip
+    x, y = DIGITS.x[:8], DIGITS.y[:8]
+    state = jax.eval_shape(lambda key: train.init(net, optimizer, x.shape[1:], 2, key), jax.random.key(0))
+    after, _ = jax.eval_shape(step, state, x, y)
+    assert jax.tree.map(lambda z: (z.shape, z.dtype), after) == jax.tree.map(lambda z: (z.shape, z.dtype), state)
+    logits = jax.eval_shape(lambda s: net.apply({"params": s.params, "batch_stats": s.stats}, x, train=False), state)
+    assert logits.shape == (8, DIGITS.classes)
 
 
 def test_digits_are_scaled_and_split_once_and_for_all():

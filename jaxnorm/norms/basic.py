@@ -291,12 +291,19 @@ def group_norm(
     Differs from: torch, whose epsilon is 1e-5 and whose channels come second; Flax's linen GroupNorm merges every
         dimension but the first without saying so, and nnx's is wrong where `reduction_axes` leaves one out.
     """
+    rows, over, split, sizes = in_groups(x, num_groups, layout, features, sizes)
+    return standardize(
+        x, rows, over, scale=scale, bias=bias, features=split, epsilon=epsilon, mask=mask, sizes=sizes
+    )[0]
+
+
+def in_groups(
+    x: ArrayLike, num_groups: int, layout: Names, features: Names | None, sizes: dict[str, int] | None
+) -> tuple[Names, Names, Names, dict[str, int]]:
+    """The row of a norm over groups of one axis: layout, over, features and sizes."""
     c = last(layout) if features is None else text_of(features)
     rows, split, member = split_axis(layout, c)
     length = meet(layout, inexact(x, "x").shape, sizes).size(c)
     if not isinstance(num_groups, Integral) or num_groups < 1 or length % num_groups:
         raise LayoutError(f"num_groups={num_groups!r} does not divide the {length} entries along {c!r}.")
-    return standardize(
-        x, rows, (*after_first(layout, c), member), scale=scale, bias=bias, features=split, epsilon=epsilon, mask=mask,
-        sizes={**(sizes or {}), f"{c}_group": num_groups},
-    )[0]  # fmt: skip
+    return rows, (*after_first(layout, c), member), split, {**(sizes or {}), f"{c}_group": int(num_groups)}

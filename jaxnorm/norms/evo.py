@@ -1,6 +1,5 @@
 """EvoNorms: norm and activation found as one layer."""
 
-from numbers import Integral
 from typing import Any
 
 import jax
@@ -8,9 +7,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm.elementwise import affine, deviation, elementwise, remembering
-from jaxnorm.errors import LayoutError, named
-from jaxnorm.layout import Names, after_first, averaged, first, kept, last, meet, split_axis, text_of
+from jaxnorm.errors import named
+from jaxnorm.layout import Names, averaged, first, kept
 from jaxnorm.moments import moments
+from jaxnorm.norms.basic import in_groups
 from jaxnorm.running import RunningStats, check_running, update
 
 
@@ -147,16 +147,11 @@ def evo_norm_s0(
 
     Differs from: Flax and torch have none; timm's EvoNorm2dS0 is the same.
     """
-    c = last(layout) if features is None else text_of(features)
-    rows, split, member = split_axis(layout, c)
-    length = meet(layout, jnp.shape(x), sizes).size(c)
-    if not isinstance(num_groups, Integral) or num_groups < 1 or length % num_groups:
-        raise LayoutError(f"num_groups={num_groups!r} does not divide the {length} entries along {c!r}.")
-    sizes = {**(sizes or {}), f"{c}_group": int(num_groups)}
+    rows, over, split, sizes = in_groups(x, num_groups, layout, features, sizes)
 
     @remembering
     def step(x, v, scale, bias):
-        stats = moments(x, rows, (*after_first(layout, c), member), mask=mask, sizes=sizes)
+        stats = moments(x, rows, over, mask=mask, sizes=sizes)
         arrays = [("group", deviation(stats.var, epsilon), stats.axes)]
         arrays += [("v", v, split), ("scale", scale, split), ("bias", bias, split)]
         return elementwise(_s0, x, rows, *arrays, mask=mask, sizes=sizes, real=True)
