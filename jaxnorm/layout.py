@@ -123,7 +123,7 @@ def first(layout: Names) -> str:
     dims = parse(layout)
     if not dims or len(dims[0]) > 1 or dims[0] == (ELLIPSIS,):
         raise LayoutError(f'the first dimension of the layout "{text_of(layout)}" must be one name, the examples.')
-    return dims[0][0]
+    return flat(dims)[0]
 
 
 def channels(layout: Names, over: Names) -> str:
