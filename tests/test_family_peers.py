@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
+from jaxnorm import linen
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(1.0, 2.0, (4, 6, 5, 8)).astype(np.float32)  # n h w c
@@ -167,3 +170,23 @@ def test_peers_12_nnx_weight_norm_overwrites_the_kernel(relaxed):
     wrapped = nnx.WeightNorm(dense, rngs=nnx.Rngs(0))
     wrapped(jnp.asarray(X[:, 0, 0]))
     assert not np.array_equal(dense.kernel[...], before), "fixed in this Flax: say so in PEERS.md"
+
+
+def test_peers_13_group_norm_with_a_mask_of_one_channel():
+    """Flax's docstring says broadcastable, and (..., 1) raises; ours broadcasts."""
+    mask = RNG.random((4, 6, 5, 1)) < 0.7
+    variables = {"params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}
+    y = linen.GroupNorm(num_groups=2).apply(variables, X, mask=mask)
+    expected, _ = reference.standardize(X, "n h w (g k)", "h w k", sizes={"g": 2}, epsilon=1e-6, mask=mask)
+    close(y, expected)
+    with pytest.raises((TypeError, ValueError)), jax.numpy_rank_promotion("allow"):
+        nn.GroupNorm(num_groups=2).apply(variables, X, mask=jnp.asarray(mask))
+
+
+def test_peers_13_group_norm_of_a_sharded_channel():
+    """Under Explicit axis types Flax's reshape raises where the channels are cut; by whole groups ours splits them."""
+    mesh = jax.make_mesh((2,), ("c",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    expected, _ = reference.standardize(X, "n h w (g k)", "h w k", sizes={"g": 2}, epsilon=1e-6)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, jax.NamedSharding(mesh, P(None, None, None, "c")))
+        close(jax.jit(lambda x: jn.group_norm(x, 2, "n h w c"))(x), expected)
