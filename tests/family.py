@@ -279,11 +279,13 @@ CASES = [
     Case(
         "adaptive instance", rows(jn.adaptive_instance_norm, "style", over="h", names=()),
         paper_rows(papers.adaptive_instance_norm, "style", names=()), ("style",),
+        sharded=1,
     ),
     Case(
         "adaptive layer", adaptive_layer,
         lambda x, p, state, mask: only(papers.adaptive_layer_norm(
             x, p["rows_scale"], p["rows_bias"], mask=mask)), ("rows_scale", "rows_bias"),
+        sharded=2,
     ),
     Case(
         "FiLM", film,
@@ -301,6 +303,7 @@ CASES = [
         "SPADE", batch(jn.spade, "map_scale", "map_bias", names=()),
         lambda x, p, state, mask: papers.spade(x, *state, p["map_scale"], p["map_bias"], mask=mask),
         ("map_scale", "map_bias"), RUNNING,
+        sharded=0,
     ),
     Case(
         "partial RMS", rows(jn.partial_rms_norm, 0.6, over="c"), paper_rows(papers.partial_rms_norm, 0.6),
@@ -310,15 +313,17 @@ CASES = [
         ("one",), sharded=2,
     ),
     Case("L2", rows(jn.l2_norm, over="c"), paper_rows(papers.l2_norm), sharded=2),
-    Case("QK", qk, paper_qk, ("key", "query_scale", "key_scale"), masks=False, rounded=2),
+    Case("QK", qk, paper_qk, ("key", "query_scale", "key_scale"), masks=False, rounded=2, sharded=2),
     Case(
         "gated RMS", gated(False), paper_rows(papers.gated_rms_norm, "gate", names=("scale",)), ("gate", "scale"),
         rounded=2,
+        sharded=2,
     ),
     Case(
         "add and norm", add_norm,
         lambda x, p, state, mask: only(papers.add_norm(papers.clean(x, mask), p["residual"], mask=mask, **gain(p))[0]),
         ("residual", "scale", "bias"), rounded=2,
+        sharded=2,
     ),
     Case(
         "positional", positional, lambda x, p, state, mask: only(papers.positional_norm(x, mask=mask)[0]), (),

@@ -21,6 +21,15 @@ def cut(z, dim):
     return np.stack(np.split(z, 2, dim))
 
 
+def lies_along(name, z, sharded):
+    """The dimension of a parameter that is cut where dimension `sharded` of x is."""
+    if z.shape == (N, H, C):
+        return sharded
+    if name.startswith("rows"):  # [n, c]
+        return {0: 0, 2: 1}.get(sharded)
+    return 0 if sharded == 2 and z.ndim == 1 else None
+
+
 @sharded_cases
 def test_devices(case):
     """Two devices under vmap, the second with a few entries that count or none: numbers, state and gradients of one."""
@@ -33,7 +42,6 @@ def test_devices(case):
     if case.masks:
         second = np.arange(size).reshape([-1 if d == case.sharded else 1 for d in range(3)]) >= size // 2
         masks += [mask & ~second | (mask & (np.arange(C) == 0)), mask & ~second]
-    along = 0 if case.sharded == 2 else None
 
     def loss(x, p, mask, w):
         y, state = case.ours(x, p, case.state, mask, lambda names: f"{names} devices")
@@ -42,8 +50,9 @@ def test_devices(case):
     def step(x, p, mask, w):
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(x, p, mask, w)
 
-    cut_p = {name: cut(z, 0) if along == 0 and z.ndim else z for name, z in p.items()}
-    axes = {name: 0 if along == 0 and z.ndim else None for name, z in p.items()}
+    dims = {name: lies_along(name, z, case.sharded) for name, z in p.items()}
+    cut_p = {name: z if dims[name] is None else cut(z, dims[name]) for name, z in p.items()}
+    axes = {name: None if dim is None else 0 for name, dim in dims.items()}
 
     @jax.jit
     def everything(x, p, w):
@@ -73,12 +82,15 @@ def test_devices(case):
         # vmap gives each device's own gradient of the summed loss, n times over: psum's transpose is a psum
         close(joined(dx) / 2, dx1, rtol=1e-5, atol=1e-5)
         for name in p:
-            total = np.concatenate(list(dp[name])) if axes[name] == 0 else np.sum(dp[name], 0)
+            parts = np.asarray(dp[name])
+            total = parts.sum(0) if dims[name] is None else np.concatenate(list(parts), dims[name])
             close(total / 2, dp1[name], rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["check_vma", "no check_vma", "pmap"])
-@pytest.mark.parametrize("case", [case for case in CASES if case.sharded == 0], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.sharded == 0 and case.name != "SPADE"], ids=lambda case: case.name
+)
 def test_mesh(case, kind):
     """State leaves shard_map replicated; numbers and gradients are those of one device."""
     x, p, mask, cotangent = case.sample()
