@@ -65,6 +65,11 @@ class Renorm(RunningAffine):
 class SplitBatch(RunningAffine):
     sets: tuple[str, ...] = ("clean", "adversarial")
 
+    def _settle(self):
+        if isinstance(self.sets, str):
+            raise ArgumentError(f'sets are names, as ("clean", "adversarial"), got {self.sets!r}.')
+        super()._settle()
+
     def _statistics(self, lengths, *inputs):
         # each set counts its own updates, so that it has its own debiasing and its own average
         return {name: e._replace(shape=(len(self.sets), *e.shape)) for name, e in super()._statistics(lengths).items()}

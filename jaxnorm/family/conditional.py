@@ -11,15 +11,15 @@ from jax.nn.initializers import Initializer, ones, zeros
 from jaxnorm.dropin import result_dtype
 from jaxnorm.errors import LayoutError
 from jaxnorm.family.base import Family, RunningMoments
-from jaxnorm.layout import Names, channels, first, last
+from jaxnorm.layout import Names, channels, last
 from jaxnorm.normalize import normalize
 from jaxnorm.norms.conditional import (
     adaptive_instance_norm,
     adaptive_layer_norm,
+    by_label,
     conditional_batch_norm,
     film,
     offset_scale,
-    rows_of,
     spade,
 )
 
@@ -153,10 +153,7 @@ class ConditionalBatch(RunningMoments):
     def _compute(self, own, running, x, labels, *, train, over, **call):
         if train:
             return conditional_batch_norm(x, running, labels, over=over, **own, **self._options, **call)
-        # the function is that of training: here a label that is out of range gives NaN whether traced or not
-        at = jnp.where(labels < 0, self.num_classes, labels).astype(jnp.int32)
-        chosen = {name: rows_of(table, at) for name, table in own.items() if table is not None}
-        features = f"{first(self.layout)} {channels(self.layout, self.over)}"
+        features, chosen = by_label(x, labels, dict(own), self.layout, self.over, self._sizes)
         options = {"features": features, "epsilon": self.epsilon, "sizes": self._sizes}
         return normalize(x, running, self.layout, **chosen, **options, **call), running
 

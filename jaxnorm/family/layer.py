@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer, constant, ones
 
+from jaxnorm.errors import LayoutError
 from jaxnorm.family.base import Affine, Family
 from jaxnorm.layout import Names, averaged
 from jaxnorm.norms.layer import gated_rms_norm, l2_norm, partial_rms_norm, positional_norm, qk_norm, scale_norm
@@ -80,6 +81,10 @@ class Scale(Family):
         return {"scale": self._parameter(self.scale_init or constant(features**0.5), ())}
 
     def _compute(self, own, x, **call):
+        features = math.prod(self._lengths(x.shape)(averaged(self.layout, self.over)))
+        built_for = getattr(self, "num_features", features)  # nnx: or scale would start as that of another length
+        if built_for != features:
+            raise LayoutError(f"num_features is {built_for}, and x has {features} of them.")
         return scale_norm(x, own["scale"], self.layout, epsilon=self.epsilon, sizes=self._sizes, **call)
 
     def __call__(self, x, *, mask=None):

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from jax.nn.initializers import Initializer, constant, ones, zeros
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer, ones, zeros
 
 from jaxnorm.family.base import Affine, Family, Featured, RunningGain, RunningMoments
 from jaxnorm.layout import Names
@@ -10,12 +11,14 @@ from jaxnorm.norms.dynamic import dynamic_erf, dynamic_tanh
 from jaxnorm.norms.evo import evo_norm_b0, evo_norm_s0
 from jaxnorm.norms.response import filter_response_norm, global_response_norm, local_response_norm
 
-HALF = constant(0.5)
+
+def half(key, shape, dtype=jnp.float32, out_sharding=None):
+    return jnp.full(shape, 0.5, dtype)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class Tanh(Affine):
-    alpha_init: Initializer = HALF
+    alpha_init: Initializer = half
 
     def _parameters(self, lengths, *inputs):
         return {"alpha": self._parameter(self.alpha_init, ()), **super()._parameters(lengths)}

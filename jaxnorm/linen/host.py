@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.linen.transforms import get_module_scopes
 
 from jaxnorm import dropin
 from jaxnorm.family.weights import replace, start
@@ -66,6 +67,7 @@ class Wrapper(nn.Module):
 
     def __post_init__(self: Any):
         self._settle()
+        self._need_module(self.layer, nn.Module)
         super().__post_init__()
 
     @nn.compact
@@ -82,21 +84,47 @@ class Wrapper(nn.Module):
 
     @nn.nowrap
     def _call(self: Any, args, kwargs, train: bool):
-        if self.is_initializing():
-            self.layer(*args, **kwargs)  # makes its parameters, which then stay as they are
-        with dropin.naming(self, self.path):
-            kernels = self._kernels(nn.meta.unbox(self.layer.variables.get("params", {})))
+        own_scope = self.layer.scope.path
+        places = iter([path if path != own_scope else () for path in lifted_paths(self.layer)])
+        untouched, found = [], 0
+
+        def inside(variables: Any) -> Any:
+            """Called once for each scope that the layer reaches, in their order: its parameters, normalized."""
+            nonlocal found
+            place = next(places)
+            name = "_".join(("norm", *place[len(self.path) - 1 :]))
+            untouched.append(variables)
+            params = variables.get("params", {})
+            kernels = self._kernels(nn.meta.unbox(params))
+            found += len(kernels)
+            if not kernels:
+                return variables
             parameters, entries = self._entries(kernels)
-            own = self.param("norm", lambda key: start(parameters, key)) if any(parameters.values()) else {}
+            own = self.param(name, lambda key: start(parameters, key)) if any(parameters.values()) else {}
             state = None
             if any(entries.values()):
-                key = None if self.has_variable("batch_stats", "norm") else self.make_rng("params")
-                state = self.variable("batch_stats", "norm", start, entries, key)
+                state = self.variable("batch_stats", name, lambda: start(entries, self.make_rng("params")))
             new, after = self._step(own, state.value if state else {}, kernels, train)
             if state and train and not self.is_initializing():
                 state.value = after
+            return {**variables, "params": replace(params, new)}
 
-        def inside(variables: Any) -> Any:
-            return {**variables, "params": replace(variables["params"], new)}
+        def outside(variables: Any) -> Any:
+            """At initialisation flax asks what to keep, first before `inside` and then after it: the layer's own."""
+            return untouched.pop(0) if untouched else variables
 
-        return nn.map_variables(lambda layer: layer(*args, **kwargs), "params", inside)(self.layer)
+        def call(layer: nn.Module) -> Any:
+            return layer(*args, **kwargs)
+
+        with dropin.naming(self, self.path):
+            y = nn.map_variables(call, "params", inside, outside, init=self.is_initializing())(self.layer)
+            self._need(found, self.layer.variables.get("params", {}))
+        return y
+
+
+def lifted_paths(layer: nn.Module) -> list[tuple[str, ...]]:
+    """Where the variables lie that a layer reaches: its own scope, and those of layers it was given that their parent
+    made. In the order of flax's lifted transforms, and without scopes that lie in another."""
+    scopes = dict.fromkeys(get_module_scopes(layer)[0])
+    paths = [scope.path for scope in scopes]
+    return [path for path in paths if not any(path[: len(p)] == p and path != p for p in paths)]

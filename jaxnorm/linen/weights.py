@@ -18,7 +18,8 @@ class WeightNorm(weights.Weight, Wrapper):
     Args:
         layer: any module. Its own parameters stay as they are, in training and in evaluation.
         where: which of them are normalized: their last key, or a function of path and leaf.
-        layout, over: of a kernel.
+        layout, over: of a kernel; layout may be a function of path and leaf. Of an attention the kernels of query, key
+            and value are "... heads d", that of `out` is "... o".
         use_scale, scale_init: of the lengths; None for the kernel's own, so that the layer starts as it is.
 
     Example:
@@ -44,7 +45,8 @@ class WeightStandardization(weights.Standardization, Wrapper):
     Args:
         layer: any module. Its own parameters stay as they are, in training and in evaluation.
         where: which of them are normalized: their last key, or a function of path and leaf.
-        layout, over: of a kernel.
+        layout, over: of a kernel; layout may be a function of path and leaf. Of an attention the kernels of query, key
+            and value are "... heads d", that of `out` is "... o".
         use_scale, scale_init: of a scale for every output, which starts at 1.
 
     Example:
@@ -69,7 +71,8 @@ class ScaledWeightStandardization(weights.ScaledStandardization, Wrapper):
     Args:
         layer: any module. Its own parameters stay as they are, in training and in evaluation.
         where: which of them are normalized: their last key, or a function of path and leaf.
-        layout, over: of a kernel.
+        layout, over: of a kernel; layout may be a function of path and leaf. Of an attention the kernels of query, key
+            and value are "... heads d", that of `out` is "... o".
         gain: of the activation before: 1.7139 for relu.
         use_scale, scale_init: of a scale for every output, which starts at 1.
 
@@ -97,9 +100,11 @@ class SpectralNorm(weights.Spectral, Wrapper):
     Args:
         layer: any module. Its own parameters stay as they are, in training and in evaluation.
         where: which of them are normalized: their last key, or a function of path and leaf.
-        layout, over: of a kernel.
+        layout, over: of a kernel; layout may be a function of path and leaf. Of an attention the kernels of query, key
+            and value are "... heads d", that of `out` is "... o".
         num_steps: of the power iteration, in training.
-        use_running_average: take the state as it is and change nothing. Here or in the call, which does not pass it on.
+        use_running_average: take the state as it is and change nothing. Here or in the call, which passes it
+            on to a layer that asks for it.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax.linen as nn
@@ -121,4 +126,4 @@ class SpectralNorm(weights.Spectral, Wrapper):
     def __call__(self, *args, use_running_average: bool | None = None, **kwargs):
         """As Wrapper's, but for `use_running_average`, which says whether the state is followed or taken as it is."""
         evaluate = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        return self._call(args, kwargs, train=not evaluate)
+        return self._call(args, {**weights.passed_on(self.layer, evaluate), **kwargs}, train=not evaluate)

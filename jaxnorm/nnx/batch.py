@@ -320,7 +320,7 @@ class CrossIterationBatchNorm(batch.CrossIteration, Switch, Holder):
     def _linear(self):
         with naming(self):
             kernel = batch.only_kernel(nnx.to_pure_dict(nnx.state(self.layer, nnx.Param)))
-        return (lambda kernel, x: with_kernels(self.layer, {"kernel": kernel})(x)), kernel
+        return (lambda kernel, x: with_kernels(self.layer, {("kernel",): kernel})(x)), kernel
 
     def __call__(
         self, x, use_running_average: bool | None = None, *, mask=None, weights=None, scale=None, bias=None,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -119,13 +120,21 @@ class Wrapper(nnx.Module):
 
     def __post_init__(self: Any, rngs: nnx.Rngs | None):
         self._settle()
+        self._need_module(self.layer, nnx.Module)
         with naming(self):
-            kernels = self._kernels(nnx.to_pure_dict(nnx.state(self.layer, nnx.Param)))
+            kernels = self._found()
             parameters, state = self._entries(kernels)
             key = None if rngs is None else rngs.params()
-            parameters = jax.tree.map(nnx.Param, start(parameters, key))
-            state = jax.tree.map(nnx.BatchStat, start(state, key))
-        self.norm = nnx.data({path: {**parameters[path], **state[path]} for path in kernels})
+            parameters, state = (start(entries, key) for entries in (parameters, state))
+            held = [jax.tree.map(kind, tree) for kind, tree in ((nnx.Param, parameters), (nnx.BatchStat, state))]
+        self.norm = nnx.data(merged(*held))
+
+    def _found(self: Any) -> dict:
+        """The kernels, whatever kind of Variable they are: one that is frozen by its type is normalized as well."""
+        variables = nnx.to_pure_dict(nnx.state(self.layer))
+        kernels = self._kernels(variables)
+        self._need(len(kernels), variables)
+        return kernels
 
     def __call__(self, *args, **kwargs):
         """Call the module inside with normalized kernels.
@@ -140,22 +149,42 @@ class Wrapper(nnx.Module):
 
     def _call(self: Any, args, kwargs, train: bool):
         with naming(self):
-            kernels = self._kernels(nnx.to_pure_dict(nnx.state(self.layer, nnx.Param)))
-            new, after = self._step(self._held(nnx.Param), self._held(nnx.BatchStat), kernels, train)
+            kernels = self._found()
+            values = [values_of(self.norm, kind) for kind in (nnx.Param, nnx.BatchStat)]
+            new, after = self._step(*values, kernels, train)
             if train:
-                for path, values in after.items():
-                    for name, value in values.items():
-                        self.norm[path][name].set_value(value)
+                set_values(self.norm, after)
         return with_kernels(self.layer, new)(*args, **kwargs)
 
-    def _held(self, kind: type) -> dict[str, dict[str, jax.Array]]:
-        return {path: {n: v[...] for n, v in own.items() if isinstance(v, kind)} for path, own in self.norm.items()}
+
+def merged(a: Any, b: Any) -> Any:
+    """Two nested dicts in one."""
+    return {**a, **b, **{k: merged(a[k], b[k]) for k in a.keys() & b.keys()}} if isinstance(a, dict) else b
 
 
-def with_kernels(layer: nnx.Module, new: dict[str, jax.Array]) -> Any:
-    """The layer with other values at these paths. All other variables are its own, so that it updates its state."""
-    graph, kernels, rest = nnx.split(layer, lambda path, _: "/".join(map(str, path)) in new, ...)
-    kernels = nnx.from_flat_state(
-        [(path, old.replace(new["/".join(map(str, path))])) for path, old in nnx.to_flat_state(kernels)]
-    )
+def values_of(held: Any, kind: type) -> dict:
+    """The values of the Variables of one kind in a nested dict."""
+    return {
+        name: values_of(v, kind) if isinstance(v, Mapping) else v[...]
+        for name, v in held.items() if isinstance(v, Mapping | kind)
+    }  # fmt: skip
+
+
+def set_values(held: Any, new: Mapping) -> None:
+    for name, value in new.items():
+        if isinstance(value, Mapping):
+            set_values(held[name], value)
+        else:
+            held[name].set_value(value)
+
+
+def with_kernels(layer: nnx.Module, new: dict[tuple[str, ...], jax.Array]) -> Any:
+    """The layer with other values at these paths. All other Variables are its own, so that it updates its state. What a
+    call makes anew on it, by `sow` or as a plain attribute, is lost: it is a copy."""
+
+    def names(path: tuple) -> tuple[str, ...]:
+        return tuple(map(str, path))
+
+    graph, kernels, rest = nnx.split(layer, lambda path, _: names(path) in new, ...)
+    kernels = nnx.from_flat_state([(path, old.replace(new[names(path)])) for path, old in nnx.to_flat_state(kernels)])
     return nnx.merge(graph, kernels, rest)

@@ -17,9 +17,11 @@ class WeightNorm(weights.Weight, Wrapper):
     Variables: Param norm["kernel"]["scale"] for a layer with one kernel, and the layer's.
 
     Args:
-        layer: any module. Its own parameters stay as they are, in training and in evaluation.
+        layer: any module. Its own parameters stay as they are, in training and in evaluation. A call runs a copy that
+            shares its Variables: what it makes anew, by `sow` or as a plain attribute, is lost.
         where: which of them are normalized: their last key, or a function of path and leaf.
-        layout, over: of a kernel.
+        layout, over: of a kernel; layout may be a function of path and leaf. Of an attention the kernels of query, key
+            and value are "... heads d", that of `out` is "... o".
         use_scale, scale_init: of the lengths; None for the kernel's own, so that the layer starts as it is.
 
     Example:
@@ -43,9 +45,11 @@ class WeightStandardization(weights.Standardization, Wrapper):
     Variables: those of the layer; Param norm["kernel"]["scale"] with `use_scale=True`.
 
     Args:
-        layer: any module. Its own parameters stay as they are, in training and in evaluation.
+        layer: any module. Its own parameters stay as they are, in training and in evaluation. A call runs a copy that
+            shares its Variables: what it makes anew, by `sow` or as a plain attribute, is lost.
         where: which of them are normalized: their last key, or a function of path and leaf.
-        layout, over: of a kernel.
+        layout, over: of a kernel; layout may be a function of path and leaf. Of an attention the kernels of query, key
+            and value are "... heads d", that of `out` is "... o".
         use_scale, scale_init: of a scale for every output, which starts at 1.
 
     Example:
@@ -70,9 +74,11 @@ class ScaledWeightStandardization(weights.ScaledStandardization, Wrapper):
     Variables: Param norm["kernel"]["scale"] for a layer with one kernel, and the layer's.
 
     Args:
-        layer: any module. Its own parameters stay as they are, in training and in evaluation.
+        layer: any module. Its own parameters stay as they are, in training and in evaluation. A call runs a copy that
+            shares its Variables: what it makes anew, by `sow` or as a plain attribute, is lost.
         where: which of them are normalized: their last key, or a function of path and leaf.
-        layout, over: of a kernel.
+        layout, over: of a kernel; layout may be a function of path and leaf. Of an attention the kernels of query, key
+            and value are "... heads d", that of `out` is "... o".
         gain: of the activation before: 1.7139 for relu.
         use_scale, scale_init: of a scale for every output, which starts at 1.
 
@@ -99,11 +105,14 @@ class SpectralNorm(weights.Spectral, Switch, Wrapper):
     Variables: BatchStat norm["kernel"]["u"], norm["kernel"]["sigma"] for a layer with one kernel, and the layer's.
 
     Args:
-        layer: any module. Its own parameters stay as they are, in training and in evaluation.
+        layer: any module. Its own parameters stay as they are, in training and in evaluation. A call runs a copy that
+            shares its Variables: what it makes anew, by `sow` or as a plain attribute, is lost.
         where: which of them are normalized: their last key, or a function of path and leaf.
-        layout, over: of a kernel.
+        layout, over: of a kernel; layout may be a function of path and leaf. Of an attention the kernels of query, key
+            and value are "... heads d", that of `out` is "... o".
         num_steps: of the power iteration, in training.
-        use_running_average: take the state as it is and change nothing. Here or in the call, which does not pass it on.
+        use_running_average: take the state as it is and change nothing. Here or in the call, which passes it
+            on to a layer that asks for it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -122,4 +131,5 @@ class SpectralNorm(weights.Spectral, Switch, Wrapper):
 
     def __call__(self, *args, use_running_average: bool | None = None, **kwargs):
         """As Wrapper's, but for `use_running_average`, which says whether the state is followed or taken as it is."""
-        return self._call(args, kwargs, train=self._trains(use_running_average))
+        train = self._trains(use_running_average)
+        return self._call(args, {**weights.passed_on(self.layer, use_running_average), **kwargs}, train=train)

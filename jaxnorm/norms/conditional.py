@@ -212,19 +212,27 @@ def conditional_batch_norm(
 
     Differs from: Flax and torch have none.
     """
+    sizes = options.get("sizes")
+    features, tables = by_label(x, labels, {"scale": scale, "bias": bias}, layout, over, sizes)
+    return batch_norm(x, running, layout, over, **tables, features=features, **options)
+
+
+def by_label(
+    x: ArrayLike, labels: ArrayLike, tables: dict[str, Any], layout: Names, over: Names, sizes: dict[str, int] | None
+) -> tuple[Names, dict[str, jax.Array]]:
+    """Rows of the tables for each example, and the axes they lie along."""
     labels = jnp.asarray(labels)
-    n = first(layout)
-    size = meet(layout, jnp.shape(x), options.get("sizes")).size(n)
+    n, c = first(layout), channels(layout, over)
+    size = meet(layout, jnp.shape(x), sizes).size(n)
     if labels.shape != (size,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise LayoutError(
             f"labels are integers, one for each of the {size} entries along {n!r}, got {labels.dtype}{labels.shape}."
         )
-    c = channels(layout, over)
-    tables = {name: jnp.asarray(z) for name, z in (("scale", scale), ("bias", bias)) if z is not None}
-    shapes = {z.shape for z in tables.values()}
+    given = {name: jnp.asarray(z) for name, z in tables.items() if z is not None}
+    shapes = {z.shape for z in given.values()}
     if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
         raise LayoutError(f'scale and bias lie along "classes {c}", one and the same: got shapes {sorted(shapes)}.')
-    if tables:
+    if given:
         count = next(iter(shapes))[0]
         values = None if isinstance(labels, Tracer) or not size else np.asarray(labels)
         if values is not None and not 0 <= values.min() <= values.max() < count:
@@ -232,8 +240,8 @@ def conditional_batch_norm(
         # A traced label that is out of range gives NaN: not the scale of another class.
         labels = labels.astype(jnp.int32)
         at = jnp.where(labels < 0, count, labels)
-        tables = {name: rows_of(z, at) for name, z in tables.items()}
-    return batch_norm(x, running, layout, over, **tables, features=f"{n} {c}", **options)
+        given = {name: rows_of(z, at) for name, z in given.items()}
+    return (n, c), given
 
 
 def rows_of(table: jax.Array, at: jax.Array) -> jax.Array:
