@@ -140,8 +140,8 @@ def norms() -> Norms:
         y = (x - mean) / sqrt(var + epsilon) * scale + bias:   which elements share a mean, which a scale
 
     Args:
-        None. `layout` and `over` are the function's defaults or, where it splits an axis, what comes of it; mapped
-        axes may stand in `over` of each. An empty `over` is no statistics.
+        None. `layout` and `over` are the function's defaults or, where it splits an axis, what comes of it. An empty
+        `over` is no statistics.
 
     Returns:
         Norms: a tuple of NormRow that prints as a table.

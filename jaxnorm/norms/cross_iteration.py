@@ -109,7 +109,8 @@ def cross_iteration_batch_norm(
         x: what `apply` takes.
         history: of this layer, from `cross_iteration_history`.
         layout: a name for every dimension of z, the channels last.
-        over: the axes averaged: all but the channels, and mapped axes.
+        over: the axes averaged: all but the channels, and mapped axes, which are crossed once for the statistics and
+            once for their derivatives.
         scale, bias: along the channels; none means 1 and 0.
         epsilon: added to the variance, in its unit.
         mask, weights: which elements of z count and how much.
