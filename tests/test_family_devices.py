@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from family import CASES, C, H, N, arrays
 from jax.sharding import PartitionSpec as P
+from test_collectives import COLLECTIVE
 from test_family import alone, close, every_case
 
 import jaxnorm as jn
@@ -154,3 +155,18 @@ def test_jit_over_sharded_examples(case, masked, kind):
     (dx1, dp1), _ = jax.jit(step)(x, p, cotangent, mask)
     for found, wanted in zip(jax.tree.leaves((dx, dp)), jax.tree.leaves((dx1, dp1)), strict=True):
         close(found, wanted, rtol=1e-5, atol=1e-5 * max(1, np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.sharded == 0 and case.name != "SPADE"], ids=lambda case: case.name
+)
+def test_collectives(case):
+    """One forward; two where statistics are of two kinds: a mean and a covariance, moments and their derivatives."""
+    x, p, mask, _ = case.sample()
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    step = jax.shard_map(
+        lambda x, mask: case.ours(x, p, case.state, mask, lambda names: f"{names} devices"), mesh=mesh,
+        in_specs=(P("devices"), P("devices")), out_specs=(P("devices"), P()),
+    )  # fmt: skip
+    two = case.name in ("decorrelated batch", "iterative", "cross-iteration batch")
+    assert len(COLLECTIVE.findall(jax.jit(step).lower(x, mask).compile().as_text())) == 1 + two

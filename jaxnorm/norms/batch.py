@@ -37,7 +37,7 @@ def ghost_batch_norm(
         layout "(ghost n) ... c", over "n ...":   y = (x - mean) / sqrt(var + epsilon) * scale + bias, for each ghost
 
     The running statistics are updated with the moments of all ghosts merged. One ghost is batch norm. With a mapped
-    axis in `over` a ghost is the elements of that part on all devices.
+    axis in `over` a ghost is the elements of that part on all devices. Evaluation is `normalize`, as of batch norm.
 
     Args:
         x: array laid out as `layout`.
@@ -119,7 +119,7 @@ def batch_renorm(
         r = clip(s / s', 1 / r_max, r_max),   d = clip((mean - mean') / s', -d_max, d_max),   s', mean' running
 
     No gradient flows through r and d. r_max = 1 and d_max = 0 is batch norm; without limits y is what evaluation with
-    the running statistics (of before the update) gives, with the gradient of batch norm.
+    the running statistics (of before the update) gives, with the gradient of batch norm. Evaluation is `normalize`.
 
     Args:
         x: array laid out as `layout`.

@@ -186,6 +186,8 @@ def conditional_batch_norm(
 
         y = (x - mean) / sqrt(var + epsilon) * scale[labels] + bias[labels]
 
+    Evaluation is `normalize(x, running, layout, scale=scale[labels], bias=bias[labels], features="n c")`.
+
     Args:
         x: array laid out as `layout`, the examples first.
         running: RunningStats along the axes that are not averaged.
@@ -267,6 +269,8 @@ def spade(
     """Spatially adaptive batch norm (SPADE): scale and bias for every place, from a map of labels, say.
 
         y = (x - mean) / sqrt(var + epsilon) * (scale_offset + scale) + bias
+
+    Evaluation is `normalize(x, running, layout, scale=scale_offset + scale, bias=bias, features=layout)`.
 
     Args:
         x: array laid out as `layout`.

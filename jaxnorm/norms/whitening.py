@@ -161,6 +161,7 @@ def _whiten(root, x, running, layout, over, scale, bias, momentum, epsilon, mask
             centred = rows(clean(x, x, slots)) - stats.mean.reshape(*(1,) * (z.ndim - 1), -1, size)
             counted = jnp.where(counts > 0, centred, 0)
             sums = jnp.einsum("...gi,...gj->gij", counted * counts, counted, out_sharding=replicated(x))
+            # A second collective, and not one gather of all moments: that has no derivative but under check_vma=True.
             sums = op.plan.mapped.total(sums, slots.member)
             count, mean = stats.count.reshape(-1, size)[:, :1, None], stats.mean
             cov = ratio(sums, jnp.broadcast_to(count, sums.shape))
