@@ -221,3 +221,23 @@ def test_what_is_wrong_is_said(name):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert str(error.value).startswith("jaxnorm.")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_wrong_array_is_named(case):
+    """One line of ours that names the call, and nothing from inside jax, for every norm."""
+    x, p, _, _ = case.sample()
+    wrong = {"text": ("abc", None)}
+    if case.name != "cross-iteration batch":  # what its layer takes is the layer's to say
+        wrong |= {"integers": (x.astype(np.int32), None), "a dimension too few": (x[0], None)}
+    if case.name == "add and norm":  # the sum of integers and floats is one of floats
+        del wrong["integers"]
+    if case.masks:
+        wrong |= {"mask": (x, np.ones(7, bool)), "float mask": (x, np.ones(x.shape, np.float32))}
+    for what, (array, mask) in wrong.items():
+        with pytest.raises(ValueError, match=r"^jaxnorm\.") as error:
+            case.ours(array, p, case.state, mask, lambda names: names)
+        assert type(error.value).__module__ == "jaxnorm.errors", what
+    if case.state is not None:
+        with pytest.raises(ValueError, match=r"^jaxnorm\..*must be"):
+            case.ours(x, p, "no state", None, lambda names: names)

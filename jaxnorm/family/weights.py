@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer, ones
-from jax.tree_util import GetAttrKey
 
 from jaxnorm.dropin import check_names, naming
 from jaxnorm.errors import ArgumentError
@@ -20,6 +19,7 @@ from jaxnorm.family.base import Arrays, Entry
 from jaxnorm.layout import Names, kept, meet
 from jaxnorm.norms.weights import (
     SpectralState,
+    keys,
     lengths,
     scaled_weight_standardization,
     spectral_norm,
@@ -31,15 +31,9 @@ from jaxnorm.norms.weights import (
 Path = tuple[str, ...]
 
 
-def _keys(path: tuple) -> Path:
-    """The keys down to a leaf, without the box around it: flax.linen's Partitioned, nnx's Variable."""
-    path = path[:-1] if isinstance(path[-1], GetAttrKey) and path[-1].name == "value" else path
-    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-
 def replace(params: Any, new: Mapping[Path, Any]) -> Any:
     """A tree of parameters with other values at these paths."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(_keys(path), leaf), params)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(keys(path), leaf), params)
 
 
 def nested(by_path: Mapping[Path, Any]) -> dict[str, Any]:
@@ -65,9 +59,9 @@ def held_at(tree: Any, path: Path) -> Mapping[str, Any]:
 def start(entries: Mapping[Path, Mapping[str, Entry]], key: Any) -> dict[str, Any]:
     """What is held before any step. Without a key, for entries that need none."""
     count = sum(map(len, entries.values()))
-    keys = iter([None] * count if key is None else jax.random.split(key, count))
+    seeds = iter([None] * count if key is None else jax.random.split(key, count))
     return nested({
-        path: {name: entry.init(next(keys), entry.shape, entry.dtype) for name, entry in own.items()}
+        path: {name: entry.init(next(seeds), entry.shape, entry.dtype) for name, entry in own.items()}
         for path, own in entries.items() if own
     })  # fmt: skip
 
@@ -90,13 +84,13 @@ class Weights:
 
     def _kernels(self, params: Any) -> dict[Path, jax.Array]:
         """The leaves to be normalized, by path."""
-        leaves = ((_keys(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0] if path)
+        leaves = ((keys(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0] if path)
         where = self.where
         return {p: leaf for p, leaf in leaves if (where(p, leaf) if callable(where) else p[-1] == where)}
 
     def _need(self, found: int, params: Any) -> None:
         if not found:
-            known = ["/".join(_keys(path)) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0] if path]
+            known = ["/".join(keys(path)) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0] if path]
             known = f"they are {', '.join(known[:5])}, ..." if known else "it has none"
             raise ArgumentError(f"no parameter of the layer is where={self.where!r} asks: {known}.")
 

@@ -20,7 +20,7 @@ from jaxnorm.layout import Names, after_first, averaged, kept, last, meet, split
 from jaxnorm.mapped import Groups
 from jaxnorm.normalize import standardize
 from jaxnorm.operands import inexact
-from jaxnorm.running import RunningStats, update
+from jaxnorm.running import RunningStats, check_running, update
 from jaxnorm.stats import wide
 
 
@@ -89,6 +89,7 @@ def batch_norm(
     Differs from: torch, whose running variance is the unbiased one (`unbiased=True`) and whose momentum is one minus
         ours; Flax under a mask and `axis_name`, which averages the devices' means whatever their counts.
     """
+    check_running(running)
     y, stats = standardize(
         x, layout, over, scale=scale, bias=bias, epsilon=epsilon, mask=mask,
         features=kept(layout, over) if features is None else features, weights=weights, sizes=sizes, groups=groups,

@@ -214,6 +214,7 @@ def frozen_batch_norm(
 
     Differs from: torchvision's FrozenBatchNorm2d not at all; Flax has none.
     """
+    check_running(running)
     running, scale, bias = jax.tree.map(jax.lax.stop_gradient, (running, scale, bias))
     return normalize(x, running, layout, scale=scale, bias=bias, **options)
 

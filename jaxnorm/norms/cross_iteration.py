@@ -13,6 +13,7 @@ from jaxnorm.layout import Names, channels, meet
 from jaxnorm.mapped import checks_vma, resolve_over
 from jaxnorm.moments import Moments, moments
 from jaxnorm.normalize import normalize
+from jaxnorm.operands import as_array, inexact
 from jaxnorm.sync import reduce_gradients
 
 FIELDS = ["kernel", "mean", "var", "dmean", "dvar", "counted", "num_updates"]
@@ -134,7 +135,7 @@ def cross_iteration_batch_norm(
     Differs from: the authors' code, which waits for a number of steps (burn-in) and averages E[z^2]: here the variance
         is moved and pooled centred, which is the same without its rounding. Flax and torch have none.
     """
-    kernel, x = jnp.asarray(kernel), jnp.asarray(x)
+    kernel, x = inexact(kernel, "kernel"), as_array(x, "x")
     if not isinstance(history, CrossIterationHistory):
         kind = type(history).__name__
         raise ArgumentError(f"history must be CrossIterationHistory, got {kind}: see cross_iteration_history.")

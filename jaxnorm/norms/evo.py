@@ -11,6 +11,7 @@ from jaxnorm.errors import named
 from jaxnorm.layout import Names, averaged, first, kept
 from jaxnorm.moments import moments
 from jaxnorm.norms.basic import in_groups
+from jaxnorm.operands import inexact
 from jaxnorm.running import RunningStats, check_running, update
 
 
@@ -94,7 +95,7 @@ def evo_norm_b0(
         arrays += [("v", v, along), ("scale", scale, along), ("bias", bias, along)]
         return elementwise(_b0, x, layout, *arrays, **counted, real=True), running
 
-    return step(jnp.asarray(x), running, *(None if z is None else jnp.asarray(z) for z in (v, scale, bias)))
+    return step(inexact(x, "x"), running, *(None if z is None else jnp.asarray(z) for z in (v, scale, bias)))
 
 
 def _s0(x, group, v, scale, bias):
@@ -156,4 +157,4 @@ def evo_norm_s0(
         arrays += [("v", v, split), ("scale", scale, split), ("bias", bias, split)]
         return elementwise(_s0, x, rows, *arrays, mask=mask, sizes=sizes, real=True)
 
-    return step(*(None if z is None else jnp.asarray(z) for z in (x, v, scale, bias)))
+    return step(inexact(x, "x"), *(None if z is None else jnp.asarray(z) for z in (v, scale, bias)))

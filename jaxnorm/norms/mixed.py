@@ -13,6 +13,7 @@ from jaxnorm.layout import Names, averaged, channels, first, kept
 from jaxnorm.moments import Moments, broadcast_to, merge_along, moments
 from jaxnorm.normalize import normalize
 from jaxnorm.norms.basic import batch_norm, group_norm
+from jaxnorm.operands import inexact
 from jaxnorm.running import RunningStats, check_running, update
 from jaxnorm.sharded import keep_sharding
 
@@ -103,13 +104,14 @@ def switchable_norm(
         return normalize(x, stats, layout, **affine, epsilon=epsilon, **counted), running
 
     arrays = (None if z is None else jnp.asarray(z) for z in (scale, bias))
-    return step(jnp.asarray(x), running, mean_logits, var_logits, *arrays)
+    return step(inexact(x, "x"), running, mean_logits, var_logits, *arrays)
 
 
 def mixed(logits: jax.Array, parts: list[jax.Array]) -> jax.Array:
     """Parts by their softmax shares."""
     share = jax.nn.softmax(logits.astype(np.promote_types(logits.dtype, np.float32)))
-    return sum(share[i].astype(part.dtype) * part for i, part in enumerate(parts))  # type: ignore[return-value]
+    instance, layer, batch = (share[i].astype(part.dtype) * part for i, part in enumerate(parts))
+    return instance + layer + batch
 
 
 @named
@@ -186,4 +188,4 @@ def batch_channel_norm(
         affine = {name: given.get(f"channel_{name}") for name in ("scale", "bias")}
         return group_norm(y, num_groups, layout, **affine, features=c, epsilon=epsilon, mask=mask, sizes=sizes), running
 
-    return step(jnp.asarray(x), running, given)
+    return step(inexact(x, "x"), running, given)

@@ -11,7 +11,7 @@ from jaxnorm.errors import ArgumentError, LayoutError, named
 from jaxnorm.layout import Names, flat, last, meet, parse, parse_list, text_of
 from jaxnorm.normalize import standardize
 from jaxnorm.norms.layer import squares
-from jaxnorm.operands import as_array, check_epsilon, operands
+from jaxnorm.operands import check_epsilon, inexact, operands
 from jaxnorm.stats import abs_sq, clean, like
 
 
@@ -76,7 +76,7 @@ def global_response_norm(
         arrays = ("response", response, length.axes), ("scale", scale, features), ("bias", bias, features)
         return elementwise(_responded, x, layout, *arrays, mask=mask, sizes=sizes)
 
-    return step(*(None if z is None else jnp.asarray(z) for z in (x, scale, bias)))
+    return step(inexact(x, "x"), *(None if z is None else jnp.asarray(z) for z in (scale, bias)))
 
 
 def _above(x: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -140,7 +140,7 @@ def filter_response_norm(
             return y
         return elementwise(_above, y, layout, ("threshold", threshold, features), mask=mask, sizes=sizes, real=True)
 
-    x = as_array(x, "x")
+    x = inexact(x, "x")
     arrays = (None if z is None else jnp.asarray(z) for z in (threshold, scale, bias))
     return step(x, *arrays, check_epsilon(epsilon, x.dtype))
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import GetAttrKey
 from jax.typing import ArrayLike
 
 from jaxnorm.elementwise import affine, elementwise
@@ -299,6 +300,12 @@ def spectral_norm(
     return elementwise(affine, kernel, layout, ("scale", one_over, ()), ("bias", None, ())), new
 
 
+def keys(path: tuple) -> tuple[str, ...]:
+    """The keys down to a leaf, without the box around it: flax.linen's Partitioned, nnx's Variable."""
+    path = path[:-1] if path and isinstance(path[-1], GetAttrKey) and path[-1].name == "value" else path
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
 @named
 def map_kernels(function: Callable[..., Any], params: Any, *states: Any, where: str | Callable = "kernel") -> Any:
     """A norm of weights over a tree of parameters: linen's, nnx's pure dicts, or bare dicts.
@@ -331,12 +338,8 @@ def map_kernels(function: Callable[..., Any], params: Any, *states: Any, where: 
     Differs from: optax's masked transformations, which act on updates and not on parameters.
     """
 
-    def keys(path: tuple) -> tuple[str, ...]:
-        return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
     def chosen(path: tuple, leaf: Any) -> bool:
         names = keys(path)
-        names = names[:-1] if names[-1:] == ("value",) else names  # an nnx Variable
         return where(names, leaf) if callable(where) else names[-1:] == (where,)
 
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)

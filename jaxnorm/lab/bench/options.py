@@ -23,7 +23,7 @@ compile a 50-layer ResNet with batch norm, ours and flax.linen's.""",
     "epilog": """\
 examples:
   jaxnorm bench
-      all of it, some seven minutes on two cores
+      all of it, three to seven minutes on two cores
   jaxnorm bench --norms layer,rms --dtypes bfloat16 --peers torch --parts norms
       two norms against torch alone
   jaxnorm bench --mb 64 --runs 30
