@@ -35,7 +35,7 @@ from jaxnorm.layout import (
 from jaxnorm.mapped import Groups, is_mapped
 from jaxnorm.moments import Moments
 from jaxnorm.normalize import normalize, standardize
-from jaxnorm.norms.conditional import offset_scale
+from jaxnorm.operands import offset_scale
 from jaxnorm.running import RunningStats, update
 
 NOTHING = ("nothing?",)  # over no axis at all: one that may be absent, and is

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from jaxnorm.errors import ArgumentError, LayoutError
 from jaxnorm.layout import Frame, Names, meet, place_features
@@ -104,6 +105,14 @@ def feature_array(array, features: Names, frame: Frame, what: str, x_dtype) -> j
     if jnp.iscomplexobj(array) and not jnp.issubdtype(x_dtype, jnp.complexfloating):
         raise LayoutError(f"{what} has dtype {array.dtype}, x has {x_dtype}: make x complex.\n{frame.given}")
     return place_features(array.astype(wide(x_dtype)), features, frame, what)
+
+
+def offset_scale(scale: ArrayLike | None, scale_offset: float) -> jax.Array | None:
+    """scale_offset + scale, added in float32: 1 + 1e-3 has no bfloat16."""
+    if scale is None:
+        return None
+    scale = jnp.asarray(scale)
+    return scale.astype(wide(scale.dtype)) + scale_offset if scale_offset else scale
 
 
 def check_epsilon(epsilon: Any, x_dtype) -> jax.Array:

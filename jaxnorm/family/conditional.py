@@ -19,9 +19,9 @@ from jaxnorm.norms.conditional import (
     by_label,
     conditional_batch_norm,
     film,
-    offset_scale,
     spade,
 )
+from jaxnorm.operands import offset_scale
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)

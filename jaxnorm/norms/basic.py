@@ -12,16 +12,14 @@
 from numbers import Integral
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm.errors import LayoutError, named
 from jaxnorm.layout import Names, after_first, averaged, kept, last, meet, split_axis, text_of
 from jaxnorm.mapped import Groups
 from jaxnorm.normalize import standardize
-from jaxnorm.operands import inexact
+from jaxnorm.operands import inexact, offset_scale
 from jaxnorm.running import RunningStats, check_running, update
-from jaxnorm.stats import wide
 
 
 @named
@@ -189,11 +187,8 @@ def rms_norm(
 
     Differs from: torch, whose default epsilon is that of the dtype; Flax, which has no bias and no offset.
     """
-    if scale is not None and scale_offset != 0:
-        scale = jnp.asarray(scale)
-        scale = scale.astype(wide(scale.dtype)) + scale_offset  # added in float32: 1 + 1e-3 has no bfloat16
     return standardize(
-        x, layout, over, scale=scale, bias=bias, epsilon=epsilon, mask=mask,
+        x, layout, over, scale=offset_scale(scale, scale_offset), bias=bias, epsilon=epsilon, mask=mask,
         features=averaged(layout, over) if features is None else features, center=False, sizes=sizes,
     )[0]  # fmt: skip
 

@@ -16,16 +16,8 @@ from jaxnorm.layout import Names, channels, first, meet
 from jaxnorm.moments import moments
 from jaxnorm.normalize import standardize
 from jaxnorm.norms.basic import batch_norm, layer_norm
+from jaxnorm.operands import offset_scale
 from jaxnorm.running import RunningStats
-from jaxnorm.stats import wide
-
-
-def offset_scale(scale: ArrayLike | None, scale_offset: float) -> jax.Array | None:
-    """scale_offset + scale, added in float32: 1 + 1e-3 has no bfloat16."""
-    if scale is None:
-        return None
-    scale = jnp.asarray(scale)
-    return scale.astype(wide(scale.dtype)) + scale_offset if scale_offset else scale
 
 
 @named
