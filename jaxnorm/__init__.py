@@ -1,5 +1,6 @@
 """jaxnorm: normalization over named axes, for JAX and Flax."""
 
+from jaxnorm import tools
 from jaxnorm.errors import AxisError, LayoutError
 from jaxnorm.moments import Moments, empty_moments, merge, moments
 from jaxnorm.normalize import normalize, standardize
@@ -75,6 +76,7 @@ __all__ = [
     "sync_state",
     "reduce_gradients",
     "norms",
+    "tools",
     "ghost_batch_norm",
     "batch_renorm",
     "split_batch_norm",

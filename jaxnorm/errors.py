@@ -41,7 +41,7 @@ def named(fn: F) -> F:
         try:
             return fn(*args, **kwargs)
         except _Error as error:
-            error.call = f"jaxnorm.{fn.__name__}"
+            error.call = f"jaxnorm.{'tools.' if '.tools.' in fn.__module__ else ''}{fn.__name__}"
             raise
 
     return wrapper  # type: ignore[return-value]

@@ -1,9 +1,9 @@
 """The table of all norms: the README prints it, the tests run over it, `jaxnorm compare` takes its names."""
 
 import dataclasses
-import html
 from collections.abc import Callable
 
+from jaxnorm import tabular
 from jaxnorm.norms import (
     basic,
     batch,
@@ -115,23 +115,18 @@ class Norms(tuple[NormRow, ...]):
         return [[text(getattr(row, column)) for column in COLUMNS] for row in self]
 
     def __str__(self) -> str:
-        cells = [COLUMNS, *self._cells()]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
-        cells.insert(1, ["-" * width for width in widths])
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+        return tabular.plain(COLUMNS, self._cells())
 
     def markdown(self) -> str:
         """The table of the README."""
-        lines = [COLUMNS, ["---"] * len(COLUMNS)]
-        for name, *code, state, paper in self._cells():
-            lines.append([name, *(f"`{cell}`" if cell else "" for cell in code), state, paper])
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows = [
+            [name, *(f"`{cell}`" if cell else "" for cell in code), state, paper]
+            for name, *code, state, paper in self._cells()
+        ]
+        return tabular.markdown(COLUMNS, rows)
 
     def _repr_html_(self) -> str:
-        def line(cells: list[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        return "<table>" + line(COLUMNS, "th") + "".join(line(cells, "td") for cells in self._cells()) + "</table>"
+        return tabular.page(COLUMNS, self._cells())
 
 
 def norms() -> Norms:
