@@ -148,8 +148,11 @@ def _kept_small(tangent_map):
 
 
 def _standardize(plan: Plan, x: Array, slots: Slots, epsilon: Array, scale: Array | None, bias: Array | None):
+    local = not jax.tree.leaves(slots) and plan.cut is None and not plan.mapped.names
+    rows = sorted(plan.dims) == list(range(x.ndim - len(plan.dims), x.ndim))
+
     def in_steps(x: Array) -> tuple[Array, Stats]:
-        stats = statistics_of(plan, x, slots)
+        stats = statistics_of(dataclasses.replace(plan, in_one_kernel=local and rows), x, slots)
         var_eps = _var(with_known_count(plan, x, slots, stats), epsilon)
         return _apply(plan, x, slots, stats, Affine(var_eps, scale, bias)), stats
 
@@ -163,8 +166,6 @@ def _standardize(plan: Plan, x: Array, slots: Slots, epsilon: Array, scale: Arra
         y = _times(c * like(r, c), scale) if plan.center else c * like(_times(r, scale), c)
         return _plus(y, bias).astype(plan.dtype), stats
 
-    local = not jax.tree.leaves(slots) and plan.cut is None and not plan.mapped.names
-    rows = sorted(plan.dims) == list(range(x.ndim - len(plan.dims), x.ndim))
     if not local or not rows or x.size < cpu.SMALL:
         return in_steps(x)
     return jax.lax.platform_dependent(x, cpu=in_one_loop, default=in_steps)

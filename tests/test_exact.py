@@ -63,6 +63,20 @@ def test_variance_and_y(name, mean, form):
     assert (abs(np.float64(alone) - want) / unit).max() <= 4
 
 
+@every_norm
+def test_a_shift_from_a_part_that_is_like_no_other(name, form):
+    """The worst case of `stats._part`: the sixteenth that gives the shift is sqrt(15) standard deviations off, and what
+    the sums are rounded by counts 15-fold."""
+    x = sample(name, 1e4)
+    d = NORMS[name][3][0]
+    x[(slice(None),) * d + (slice(x.shape[d] // 16 or 1),)] = 0
+    y, stats = optimized(lambda x: ours(name, x))(x)
+    want, var = exact(name, x)
+    worst = 15 if form == "elsewhere" else 1
+    assert abs(np.float64(stats.var) / var - 1).max() <= 1e-6 * worst
+    assert (abs(np.float64(y) - want) / np.spacing(np.maximum(1, abs(want)).astype(np.float32))).max() <= 4 * worst
+
+
 def test_a_nan_costs_no_digit_of_another_channel(form):
     x = sample("batch", 1e4)
     clean, _ = ours("batch", x)
