@@ -33,9 +33,9 @@ from jaxnorm.layout import (
     text_of,
 )
 from jaxnorm.mapped import Groups, is_mapped
-from jaxnorm.moments import Moments
+from jaxnorm.moments import Moments, moments
 from jaxnorm.normalize import normalize, standardize
-from jaxnorm.operands import offset_scale
+from jaxnorm.operands import check_count, offset_scale
 from jaxnorm.running import RunningStats, update
 
 NOTHING = ("nothing?",)  # over no axis at all: one that may be absent, and is
@@ -196,9 +196,17 @@ class Batch(Norm):
         """Whether the number of updates matters. Where it does not, the state holds exactly Flax's variables."""
         return self.momentum is None or self.debias
 
-    def _train(self, x, row: Row, running: RunningStats, *arrays, **slots) -> tuple[jax.Array, RunningStats]:
+    def _train(self, x, row: Row, running: RunningStats, *arrays, **slots) -> tuple[jax.Array, RunningStats, Moments]:
         y, stats = self._standardize(x, row, *arrays, **slots)
-        return y, update(running, stats, self.momentum, debias=self.debias, unbiased=self.unbiased)
+        return y, update(running, stats, self.momentum, debias=self.debias, unbiased=self.unbiased), stats
+
+    def _check(self, x, row: Row, stats: Moments) -> None:
+        """Not at initialisation, where one example is common, and nothing is kept."""
+        check_count(x, stats.mean.size, row.layout, row.over, row.sizes, row.groups)
+
+    def _moments(self, x, row: Row, **slots) -> Moments:
+        """What training would see of x."""
+        return moments(inexact(x), row.layout, row.over, sizes=row.sizes, groups=row.groups, **slots)
 
     def _evaluate(self, x, row: Row, running: RunningStats, scale, bias, dtype) -> jax.Array:
         return normalize(

@@ -41,7 +41,8 @@ def named(fn: F) -> F:
         try:
             return fn(*args, **kwargs)
         except _Error as error:
-            error.call = f"jaxnorm.{'tools.' if '.tools.' in fn.__module__ else ''}{fn.__name__}"
+            home = fn.__module__.split(".")[1]
+            error.call = f"jaxnorm.{f'{home}.' if home in ('tools', 'inspect', 'nnx') else ''}{fn.__name__}"
             raise
 
     return wrapper  # type: ignore[return-value]

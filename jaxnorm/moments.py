@@ -241,6 +241,11 @@ def broadcast_to(m: Moments, like: Moments) -> Moments:
     return Moments(count, mean, m2, like.axes)
 
 
+def along(m: Moments, axes: tuple[str, ...]) -> Moments:
+    """Moments as running statistics along `axes` lie: what else they lie along is merged."""
+    return transpose_to(merge_along(m, tuple(name for name in m.axes if name not in axes)), axes)
+
+
 def merge_along(m: Moments, names: tuple[str, ...]) -> Moments:
     """Merge the parts that lie along the named axes of one Moments (the ghosts of ghost batch norm)."""
     if not names:

@@ -1,6 +1,7 @@
 """From what a user passes to what the rule takes: every array checked, widened and placed by name."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -13,7 +14,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.errors import ArgumentError, LayoutError
 from jaxnorm.layout import Frame, Names, meet, place_features
-from jaxnorm.mapped import Groups, Mapped, resolve_over
+from jaxnorm.mapped import Groups, Mapped, bound_names, resolve_over
 from jaxnorm.sharded import cut_of
 from jaxnorm.stats import Plan, Slots, real_of, wide
 
@@ -42,7 +43,7 @@ def operands(
     x = inexact(x, "x")
     frame = meet(layout, x.shape, sizes, over)
     dims, mapped = ((), Mapped()) if over is None else resolve_over(over, frame, groups)
-    valid, weights = _slots(mask, weights, frame)
+    valid, weights = _slots(mask, weights, frame, dims)
     x = frame.split(x)
     plan = Plan(dims, mapped, center, jnp.dtype(x.dtype if dtype is None else dtype).name, cut_of(x, dims))
     return Operands(frame, plan, x, Slots(valid, weights, mapped.member(groups)))
@@ -65,7 +66,7 @@ def inexact(x, what: str) -> jax.Array:
     return x
 
 
-def _slots(mask, weights, frame: Frame) -> tuple[jax.Array | None, jax.Array | None]:
+def _slots(mask, weights, frame: Frame, dims: tuple[int, ...]) -> tuple[jax.Array | None, jax.Array | None]:
     """Mask and weights as arrays of the rank of split x. Weight 0 masks, so that 0 * NaN never happens."""
     valid = None
     if mask is not None:
@@ -74,10 +75,10 @@ def _slots(mask, weights, frame: Frame) -> tuple[jax.Array | None, jax.Array | N
             raise LayoutError(
                 f"mask has dtype {mask.dtype}: pass how much an element counts as weights=, not mask=.\n{frame.given}"
             )
-        valid = _broadcastable(mask.astype(bool), "mask", frame)
+        valid = _broadcastable(mask.astype(bool), "mask", frame, dims)
     if weights is None:
         return valid, None
-    weights = _broadcastable(as_array(weights, "weights"), "weights", frame)
+    weights = _broadcastable(as_array(weights, "weights"), "weights", frame, dims)
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise LayoutError(f"weights have dtype {weights.dtype}: they must be real floats.\n{frame.given}")
     if not isinstance(weights, Tracer) and (np.asarray(weights) < 0).any():
@@ -86,7 +87,28 @@ def _slots(mask, weights, frame: Frame) -> tuple[jax.Array | None, jax.Array | N
     return (counts if valid is None else valid & counts), weights
 
 
-def _broadcastable(array: jax.Array, what: str, frame: Frame) -> jax.Array:
+def check_count(x, statistics: int, layout: Names, over: Names, sizes: Any, groups: Groups | None) -> None:
+    """In training a statistic of one element says nothing: y would be bias, and the running variance would go to 0.
+
+    `statistics` is how many there are. One element in each is found from shapes; a mask that leaves one is not.
+    """
+    if jnp.size(x) != statistics:  # as every batch has it
+        return
+    frame = meet(layout, jnp.shape(x), sizes, over)
+    dims, mapped = resolve_over(over, frame, groups)
+    together = mapped.size
+    if mapped.grouped is not None and groups is not None:
+        together = together // mapped.length * min(len(group) for group in groups[mapped.grouped])
+    if math.prod(frame.sizes[dim] for dim in dims) * together == 1:
+        raise ArgumentError(
+            f"every statistic would be of one element, y bias and the running variance 0.\n{frame.given}\n"
+            f"  mapped axes bound here: {', '.join(bound_names()) or 'none'}\n"
+            "  Train on more examples; or name the mapped axis along which they lie in over (Flax: axis_name); or "
+            "normalize with the running statistics (use_running_average=True); or take group_norm."
+        )
+
+
+def _broadcastable(array: jax.Array, what: str, frame: Frame, dims: tuple[int, ...]) -> jax.Array:
     ones = (1,) * (len(frame.shape) - array.ndim)
     shape = (*ones, *array.shape)
     if len(shape) != len(frame.shape) or any(a not in (1, n) for a, n in zip(shape, frame.shape, strict=True)):
@@ -94,6 +116,15 @@ def _broadcastable(array: jax.Array, what: str, frame: Frame) -> jax.Array:
             f"{what} of shape {array.shape} does not broadcast to x. Give it the dimensions of x, with size 1 where it "
             f"does not vary.\n{frame.given}"
         )
+    if array.ndim < len(frame.shape) and array.shape == frame.shape[: array.ndim]:
+        # It fits the first dimensions of x too. Where that makes sense, one of which is averaged, who wrote it may have
+        # meant that: a mask of examples, in a batch of as many examples as channels.
+        first = frame.names[: sum(map(len, frame.parts[: array.ndim]))]
+        if any(frame.names[dim] in first and frame.sizes[dim] > 1 for dim in dims):
+            raise LayoutError(
+                f"{what} of shape {array.shape} fits the first dimensions of x, and the last ones too. Give it all "
+                f"dimensions of x, with size 1 where it does not vary.\n{frame.given}"
+            )
     return frame.split(array.reshape(shape))
 
 

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.errors import ArgumentError, LayoutError, named
 from jaxnorm.layout import Names
-from jaxnorm.moments import Moments, merge_along, named_sizes, transpose_to
+from jaxnorm.moments import Moments, along, named_sizes
 from jaxnorm.sharded import keep_sharding
 
 
@@ -140,7 +140,7 @@ def _updated(
     running: RunningStats, moments: Moments, traced: Any, number: float | None, debias: bool, unbiased: bool
 ) -> RunningStats:
     mean, var, num_updates = (jnp.asarray(z) for z in (running.mean, running.var, running.num_updates))
-    merged = transpose_to(merge_along(moments, tuple(n for n in moments.axes if n not in running.axes)), running.axes)
+    merged = along(moments, running.axes)
     if merged.mean.shape != mean.shape:
         raise LayoutError(f"moments along {merged.axes} have shape {merged.mean.shape}, the running ones {mean.shape}.")
     merged = jax.tree.map(jax.lax.stop_gradient, merged)

@@ -182,6 +182,22 @@ WRONG = [
   {GIVEN}""",
     ),
     (
+        "mask that fits twice",
+        lambda: jn.standardize(X[0, 0, :, :5], "n c", "n", mask=jnp.ones(5, bool)),
+        jn.LayoutError,
+        """jaxnorm.standardize: mask of shape (5,) fits the first dimensions of x, and the last ones too. Give it all dimensions of x, with size 1 where it does not vary.
+  layout "n c", over "n", x.shape (5, 5)""",
+    ),
+    (
+        "batch of one",
+        lambda: under_vmap(lambda x: jn.batch_norm(x[0, 0], jn.running_stats(c=6), "c", "devises?")),
+        ValueError,
+        """jaxnorm.batch_norm: every statistic would be of one element, y bias and the running variance 0.
+  layout "c", over "devises?", x.shape (6,)
+  mapped axes bound here: devices
+  Train on more examples; or name the mapped axis along which they lie in over (Flax: axis_name); or normalize with the running statistics (use_running_average=True); or take group_norm.""",
+    ),
+    (
         "float mask",
         lambda: jn.standardize(X, "n h w c", "n h w", mask=jnp.ones(X.shape)),
         jn.LayoutError,

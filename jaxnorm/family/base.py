@@ -11,6 +11,7 @@ keeps the new state.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from jax.nn.initializers import Initializer, ones, zeros
 from jaxnorm.dropin import NOTHING, Given, check_names, hashable, inexact, lengths_of, naming, result_dtype
 from jaxnorm.errors import ArgumentError, LayoutError
 from jaxnorm.layout import Names, averaged, channels, kept, last, meet, parse, text_of
-from jaxnorm.moments import Moments
+from jaxnorm.moments import Moments, moments
 from jaxnorm.normalize import normalize
 from jaxnorm.running import RunningStats
 
@@ -92,6 +93,10 @@ class Family:
 
     def _compute(self, own: Arrays, x: jax.Array, *inputs: Any, over: Names, **call: Any) -> Any:
         raise NotImplementedError
+
+    def _moments(self, x: jax.Array, **call: Any) -> Moments | None:
+        """What its running mean and variance are of, where it has them."""
+        return None
 
     def _affine(self, own: Arrays, **call: Any) -> dict[str, Any]:
         """What the call says, with scale and bias for those norms that have them."""
@@ -205,7 +210,13 @@ class Running(Family):
         """The state as the function takes it."""
         raise NotImplementedError
 
+    def _single(self, shape: tuple[int, ...]) -> bool:
+        """Whether every statistic is of one element, those of other devices not counted."""
+        names = averaged(self.layout, self.over)
+        return not names or math.prod(self._lengths(shape)(names)) == 1
+
     def _step(self, own, state, x, *inputs, train, sync, **call):
+        train = train and (sync or not self._single(jnp.shape(x)))  # one example may initialise: as in evaluation
         call = {"over": self._over(sync and train), **self._affine(own, **call)}
         y, running = self._compute(own, self._running(state), self._wide(x), *inputs, train=train, **call)
         return self._rounded(y), {name: getattr(running, name) for name in state}
@@ -234,6 +245,9 @@ class RunningMoments(Running):
         shape = lengths(self._axes())
         state = {"mean": Entry(zeros, shape, jnp.float32), "var": Entry(ones, shape, jnp.float32)}
         return state | ({"num_updates": Entry(zeros, (), jnp.int32)} if self._counts() else {})
+
+    def _moments(self, x, *, mask=None, weights=None, **call) -> Moments | None:
+        return moments(self._wide(x), self.layout, self.over, mask=mask, weights=weights, sizes=self._sizes)
 
     def _running(self, state):
         num_updates = state.get("num_updates", jnp.zeros((), jnp.int32))

@@ -1,6 +1,7 @@
 """The family of batch norm as modules: see `jaxnorm.norms.batch`, `mixed`, `whitening` and `cross_iteration`."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.nn.initializers import Initializer, ones, zeros
 
 from jaxnorm.errors import ArgumentError, nearest
 from jaxnorm.family.base import Affine, Entry, RunningAffine, RunningGain, RunningMoments
-from jaxnorm.layout import Names, channels
+from jaxnorm.layout import Names, averaged, channels
 from jaxnorm.moments import moments
 from jaxnorm.normalize import normalize
 from jaxnorm.norms.basic import batch_norm
@@ -36,6 +37,7 @@ from jaxnorm.norms.whitening import (
     iterative_norm,
     running_covariance,
 )
+from jaxnorm.operands import check_count
 from jaxnorm.running import update
 
 
@@ -44,6 +46,9 @@ class GhostBatch(RunningAffine):
     layout: Names = "n ... c"
     over: Names = "n ..."
     num_ghosts: int
+
+    def _single(self, shape):
+        return math.prod(self._lengths(shape)(averaged(self.layout, self.over))) == self.num_ghosts
 
     def _train(self, own, running, x, **call):
         return ghost_batch_norm(x, running, self.num_ghosts, **call)
@@ -64,6 +69,9 @@ class Renorm(RunningAffine):
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class SplitBatch(RunningAffine):
     sets: tuple[str, ...] = ("clean", "adversarial")
+
+    def _moments(self, x, **call):
+        return None  # they would be those of one set, where the state is along all
 
     def _settle(self):
         if isinstance(self.sets, str):
@@ -123,6 +131,9 @@ class SplitBatch(RunningAffine):
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class FrozenBatch(RunningAffine):
     use_running_average: bool | None = None  # so that it takes the place of BatchNorm: its statistics are never x's
+
+    def _moments(self, x, **call):
+        return None
 
     def _compute(self, own, running, x, *, train, over, **call):
         options = {"epsilon": self.epsilon, "sizes": self._sizes}
@@ -241,6 +252,9 @@ class CrossIteration(RunningMoments, RunningGain):
 
     window: int = 4
 
+    def _moments(self, x, **call):
+        return None  # x is not what is normalized
+
     def _shape(self, x, apply, kernel):
         return jax.eval_shape(apply, kernel, x).shape
 
@@ -267,6 +281,8 @@ class CrossIteration(RunningMoments, RunningGain):
             **affine,
         )  # fmt: skip
         stats = moments(z, self.layout, over, **counted)
+        if sync:  # not at initialisation
+            check_count(z, stats.mean.size, self.layout, over, self._sizes, None)
         running = update(running, stats, self.momentum, debias=self.debias, unbiased=self.unbiased)
         new = {"mean": running.mean, "var": running.var, "num_updates": past.num_updates}
         return self._rounded(y), {**new, **{f"past_{name}": getattr(past, name) for name in PAST}}

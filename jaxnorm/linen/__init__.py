@@ -29,6 +29,9 @@ and to their call:
     dtype: of y, which is rounded to it once; None for the dtype of x.
 Norms of weights go around a layer. batch_stats/num_updates is there only where it matters.
 
+`model.apply(variables, x, mutable=["moments"])` also gives the Moments of what every norm with a running mean and
+variance sees, in training and in evaluation: see `jaxnorm.tools.recalibrate`.
+
 Initialisation touches no collective and updates nothing, whatever `over` or `axis_name` names.
 """
 
@@ -65,6 +68,7 @@ from jaxnorm.linen.response import (
     GlobalResponseNorm,
     LocalResponseNorm,
 )
+from jaxnorm.linen.stored import use_stored_stats as use_stored_stats
 from jaxnorm.linen.weights import ScaledWeightStandardization, SpectralNorm, WeightNorm, WeightStandardization
 
 __all__ = [

@@ -12,6 +12,8 @@ from jax.nn import initializers
 from jaxnorm import dropin
 from jaxnorm.dropin import Given
 from jaxnorm.layout import Names
+from jaxnorm.linen.host import hand_out, need_stats
+from jaxnorm.moments import along
 from jaxnorm.running import RunningStats
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
@@ -69,8 +71,8 @@ class BatchNorm(dropin.Batch, _Module):
     Variables: params/{scale, bias}, batch_stats/{mean, var}, and batch_stats/num_updates only where `debias` or
     `momentum=None` asks for it.
 
-    A statistic of one element makes y bias and pulls the running variance to 0, as in Flax. Under vmap an example is
-    such a batch: name the mapped axis in `over` or `axis_name`.
+    A statistic of one element would make y bias and pull the running variance to 0: in training that is an error. Under
+    vmap an example is such a batch: name the mapped axis in `over` or `axis_name`.
 
     Args:
         momentum: the part of the old running value that is kept; None for the cumulative average.
@@ -81,6 +83,8 @@ class BatchNorm(dropin.Batch, _Module):
     Raises:
         LayoutError: when names and Flax's numbers are both given, or the layout and x do not fit.
         AxisError: in training, when a mapped axis is not bound. The message names the layer.
+        ValueError: (ArgumentError) in training, when every statistic is of one element, which shapes tell; in
+            evaluation, when there are no batch_stats.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -143,6 +147,7 @@ class BatchNorm(dropin.Batch, _Module):
         with dropin.naming(self, self.path):
             x = jnp.asarray(x)
             row = self._row(x.shape, sync=not self.is_initializing())
+            need_stats(self, evaluate)
             shape = row.lengths(row.running, x.shape)
             dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
             mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
@@ -152,9 +157,12 @@ class BatchNorm(dropin.Batch, _Module):
             running = RunningStats(mean.value, var.value, num_updates, row.running)
             row, *arrays = _parameters(self, row, x, Given(scale, bias, features))
             if evaluate:
+                hand_out(self, lambda: along(self._moments(x, row, mask=mask, weights=weights), running.axes))
                 return self._evaluate(x, row, running, *arrays)
-            y, running = self._train(x, row, running, *arrays, mask=mask, weights=weights)
+            y, running, stats = self._train(x, row, running, *arrays, mask=mask, weights=weights)
+            hand_out(self, lambda: along(stats, running.axes))
             if not self.is_initializing():
+                self._check(x, row, stats)
                 mean.value, var.value = running.mean, running.var
                 if counter is not None:
                     counter.value = running.num_updates

@@ -1,5 +1,6 @@
 """How flax.linen holds what `jaxnorm.family` describes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 from flax.linen.transforms import get_module_scopes
 
 from jaxnorm import dropin
+from jaxnorm.errors import ArgumentError
 from jaxnorm.family.weights import replace, start
+from jaxnorm.moments import Moments, merge
 
 
 class Host(nn.Module, kw_only=True):
@@ -38,16 +41,49 @@ class Host(nn.Module, kw_only=True):
                 name: None if entry is None else jnp.asarray(self.param(name, *entry))
                 for name, entry in self._parameters(lengths, *inputs).items()
             }
+            statistics = self._statistics(lengths, *inputs)
+            if statistics:
+                need_stats(self, not train)
             state = {
                 name: self.variable("batch_stats", name, entry.init, None, entry.shape, entry.dtype)
-                for name, entry in self._statistics(lengths, *inputs).items()
+                for name, entry in statistics.items()
             }
             values = {name: jnp.asarray(variable.value) for name, variable in state.items()}  # NumPy's, if restored
             y, new = self._step(own, values, x, *inputs, train=train, sync=not initializing, **call)
+            hand_out(self, lambda: self._moments(x, **call))
             if train and not initializing:
                 for name, variable in state.items():
                     variable.value = new[name]
             return y
+
+
+def both(sown: Moments | None, seen: Moments) -> Moments:
+    """A module may be called twice."""
+    return seen if sown is None else merge(sown, seen)
+
+
+def need_stats(module: nn.Module, evaluate: bool) -> None:
+    """Statistics that are missing start anew at initialisation and, as in Flax, in training. Nowhere else."""
+    fresh = module.is_initializing() or (not evaluate and module.is_mutable_collection("batch_stats"))
+    if not (fresh or module.has_variable("batch_stats", "mean")):
+        raise ArgumentError(
+            'there are no batch_stats of this layer: apply takes {"params": params, "batch_stats": batch_stats}. '
+            "Initialise or load them (jaxnorm.tools.check_complete says what a checkpoint lacks), or measure them "
+            "(jaxnorm.tools.recalibrate)."
+        )
+
+
+def hand_out(module: nn.Module, stats: Callable[[], Moments | None]) -> None:
+    """Sows the moments of what a norm sees, where a call asks for the collection "moments" by name.
+
+    With mutable=True every collection is mutable, also one that has no name: that is no question for moments, and what
+    was sown would stay in the variables.
+    """
+    asked = module.is_mutable_collection("moments") and not module.is_mutable_collection("")
+    if asked and not module.is_initializing():
+        seen = stats()
+        if seen is not None:
+            module.sow("moments", "moments", seen, init_fn=lambda: None, reduce_fn=both)
 
 
 class RunningHost(Host, kw_only=True):

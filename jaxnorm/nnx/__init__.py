@@ -31,6 +31,9 @@ function as settings:
     param_dtype: of the parameters. State is float32.
     dtype: of y, which is rounded to it once; None for the dtype of x.
 Norms of weights go around a module. The BatchStat num_updates is there only where it matters.
+
+`y, seen = nnx.capture(model, jaxnorm.nnx.BatchMoments)(x)` also gives the Moments of what every norm with a running
+mean and variance sees, in training and in evaluation: see `jaxnorm.tools.recalibrate`.
 """
 
 from jaxnorm.nnx.basic import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
@@ -48,6 +51,7 @@ from jaxnorm.nnx.batch import (
     VirtualBatchNorm,
 )
 from jaxnorm.nnx.conditional import SPADE, AdaptiveInstanceNorm, AdaptiveLayerNorm, ConditionalBatchNorm, FiLM
+from jaxnorm.nnx.host import BatchMoments as BatchMoments
 from jaxnorm.nnx.layer import (
     AddNorm,
     GatedRMSNorm,
@@ -66,6 +70,7 @@ from jaxnorm.nnx.response import (
     GlobalResponseNorm,
     LocalResponseNorm,
 )
+from jaxnorm.nnx.stored import use_stored_stats as use_stored_stats
 from jaxnorm.nnx.weights import ScaledWeightStandardization, SpectralNorm, WeightNorm, WeightStandardization
 
 __all__ = [

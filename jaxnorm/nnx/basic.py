@@ -14,7 +14,8 @@ from jax.nn.initializers import Initializer, ones, zeros
 from jaxnorm import dropin
 from jaxnorm.dropin import Given
 from jaxnorm.layout import Names
-from jaxnorm.nnx.host import fitted
+from jaxnorm.moments import along
+from jaxnorm.nnx.host import fitted, hand_out
 from jaxnorm.running import RunningStats
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
@@ -92,8 +93,8 @@ class BatchNorm(dropin.Batch, _Module):
     Variables: Param scale, bias; BatchStat mean, var, and num_updates only where `debias` or `momentum=None` asks for
     it.
 
-    A statistic of one element makes y bias and pulls the running variance to 0, as in Flax. Under vmap an example is
-    such a batch: name the mapped axis in `over` or `axis_name`.
+    A statistic of one element would make y bias and pull the running variance to 0: in training that is an error. Under
+    vmap an example is such a batch: name the mapped axis in `over` or `axis_name`.
 
     Args:
         momentum: the part of the old running value that is kept; None for the cumulative average.
@@ -104,6 +105,7 @@ class BatchNorm(dropin.Batch, _Module):
     Raises:
         LayoutError: when names and Flax's numbers are both given, or the layout and x do not fit.
         AxisError: in training, when a mapped axis is not bound.
+        ValueError: (ArgumentError) in training, when every statistic is of one element, which shapes tell.
 
     Example:
         >>> import jax.numpy as jnp
@@ -166,8 +168,11 @@ class BatchNorm(dropin.Batch, _Module):
             running = RunningStats(fitted(mean, shape), fitted(var, shape), num_updates, row.running)
             x, row, *arrays = self._arrays(x, row, Given(scale, bias, features), mean, var)
             if evaluate:
+                hand_out(self, lambda: along(self._moments(x, row, mask=mask, weights=weights), running.axes))
                 return self._evaluate(x, row, running, *arrays)
-            y, running = self._train(x, row, running, *arrays, mask=mask, weights=weights)
+            y, running, stats = self._train(x, row, running, *arrays, mask=mask, weights=weights)
+            hand_out(self, lambda: along(stats, running.axes))
+            self._check(x, row, stats)
             # set_value and not [...]: the mean of complex x is complex, and casting it down would lose half of it
             self.mean.set_value(running.mean.reshape(mean.shape))
             self.var.set_value(running.var.reshape(var.shape))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,12 +12,30 @@ from flax.nnx.module import first_from
 
 from jaxnorm.dropin import naming
 from jaxnorm.family.weights import start
+from jaxnorm.moments import Moments, merge
 
 
 def fitted(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """nnx keeps every parameter flat. One of another size stays as it is, for the verbs to name."""
     value = jnp.asarray(value)  # NumPy's, if restored
     return value.reshape(shape) if value.size == math.prod(shape) else value
+
+
+class BatchMoments(nnx.Variable):
+    """Moments of what a norm with running statistics sees, by `nnx.capture(model, BatchMoments)`."""
+
+
+def both(sown: Moments | None, seen: Moments) -> Moments:
+    """A module may be called twice."""
+    return seen if sown is None else merge(sown, seen)
+
+
+def hand_out(module: Any, stats: Callable[[], Moments | None]) -> None:
+    """Sows the moments of what a norm sees, where `nnx.capture` asks for BatchMoments."""
+    if any(type(kind) is BatchMoments for kind in getattr(module, "__captures__", ())):
+        seen = stats()
+        if seen is not None:
+            module.sow(BatchMoments, "moments", seen, init_fn=lambda: None, reduce_fn=both)
 
 
 class Holder(nnx.Module):
@@ -53,6 +71,7 @@ class Holder(nnx.Module):
                 for name, entry in self._statistics(lengths, *inputs).items()
             }
             y, new = self._step(own, state, x, *inputs, train=train, sync=True, **call)
+            hand_out(self, lambda: self._moments(x, **call))
             if train:
                 for name in state:
                     variable = getattr(self, name)

@@ -18,7 +18,7 @@ from jaxnorm.errors import LayoutError, named
 from jaxnorm.layout import Names, after_first, averaged, kept, last, meet, split_axis, text_of
 from jaxnorm.mapped import Groups
 from jaxnorm.normalize import standardize
-from jaxnorm.operands import inexact, offset_scale
+from jaxnorm.operands import check_count, inexact, offset_scale
 from jaxnorm.running import RunningStats, check_running, update
 
 
@@ -67,6 +67,8 @@ def batch_norm(
 
     Raises:
         LayoutError, AxisError: as `standardize`; LayoutError when `running` has an axis that is averaged.
+        ValueError: (ArgumentError) when every statistic is of one element, which shapes tell and a mask does not: see
+            `tools.check_moments`.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm as jn
@@ -92,6 +94,7 @@ def batch_norm(
         x, layout, over, scale=scale, bias=bias, epsilon=epsilon, mask=mask,
         features=kept(layout, over) if features is None else features, weights=weights, sizes=sizes, groups=groups,
     )  # fmt: skip
+    check_count(x, stats.mean.size, layout, over, sizes, groups)
     return y, update(running, stats, momentum, debias=debias, unbiased=unbiased)
 
 

@@ -15,6 +15,7 @@ from jaxnorm.mapped import Groups
 from jaxnorm.moments import Moments, broadcast_to, known, merge, moments
 from jaxnorm.normalize import normalize
 from jaxnorm.norms.basic import batch_norm
+from jaxnorm.operands import check_count
 from jaxnorm.running import RunningStats, check_running, update
 
 Limit = ArrayLike | Callable[[jax.Array], ArrayLike] | None
@@ -139,7 +140,7 @@ def batch_renorm(
 
     Raises:
         LayoutError, AxisError: as `batch_norm`.
-        ValueError: (ArgumentError) when a limit is out of its range.
+        ValueError: (ArgumentError) as `batch_norm`, and when a limit is out of its range.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm as jn
@@ -158,6 +159,7 @@ def batch_renorm(
         if isinstance(limit, Real) and not float(limit) >= least:
             raise ArgumentError(f"r_max is 1 or more and d_max 0 or more, got r_max={r_max!r}, d_max={d_max!r}.")
     stats = moments(x, layout, over, mask=mask, weights=weights, sizes=sizes, groups=groups)
+    check_count(x, stats.mean.size, layout, over, sizes, groups)
     t = running.num_updates
     r_max = _limit(r_max, t, (5e3, 4e4), (1.0, 3.0)).astype(stats.var.dtype)
     d_max = _limit(d_max, t, (5e3, 2.5e4), (0.0, 5.0)).astype(stats.var.dtype)
@@ -242,7 +244,7 @@ def streaming_norm(
 
         running = update(running, moments(x)),   y = (x - running.mean) / sqrt(running.var + epsilon) * scale + bias
 
-    Works with a batch of one. The statistics are constants to the gradient.
+    Works with one example at a time where it has places to average over. The statistics are constants to the gradient.
 
     Args:
         x: array laid out as `layout`.
@@ -271,6 +273,7 @@ def streaming_norm(
     """
     check_running(running)
     stats = moments(x, layout, over, mask=mask, weights=weights, sizes=sizes, groups=groups)
+    check_count(x, stats.mean.size, layout, over, sizes, groups)
     running = update(running, stats, momentum, debias=debias, unbiased=unbiased)
     y = normalize(
         x, running, layout, scale=scale, bias=bias, features=features, epsilon=epsilon, mask=mask, weights=weights,

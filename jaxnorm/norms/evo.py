@@ -11,7 +11,7 @@ from jaxnorm.errors import named
 from jaxnorm.layout import Names, averaged, first, kept
 from jaxnorm.moments import moments
 from jaxnorm.norms.basic import in_groups
-from jaxnorm.operands import inexact
+from jaxnorm.operands import check_count, inexact
 from jaxnorm.running import RunningStats, check_running, update
 
 
@@ -85,6 +85,7 @@ def evo_norm_b0(
         counted = {"mask": mask, "weights": weights, "sizes": sizes}
         if train:
             stats = moments(x, layout, over, groups=groups, **counted)
+            check_count(x, stats.mean.size, layout, over, sizes, groups)
             running = update(running, stats, momentum, debias=debias, unbiased=unbiased)
             var, axes = stats.var, stats.axes
         else:

@@ -13,7 +13,7 @@ from jaxnorm.layout import Names, averaged, channels, first, kept
 from jaxnorm.moments import Moments, broadcast_to, merge_along, moments
 from jaxnorm.normalize import normalize
 from jaxnorm.norms.basic import batch_norm, group_norm
-from jaxnorm.operands import inexact
+from jaxnorm.operands import check_count, inexact
 from jaxnorm.running import RunningStats, check_running, update
 from jaxnorm.sharded import keep_sharding
 
@@ -94,6 +94,7 @@ def switchable_norm(
         batch = Moments(jnp.ones_like(running.var), running.mean, running.var, running.axes)
         if train:
             batch = moments(x, layout, over, groups=groups, **counted)
+            check_count(x, batch.mean.size, layout, over, sizes, groups)
             running = update(running, batch, momentum, debias=debias, unbiased=unbiased)
         parts = instance, layer, broadcast_to(batch, instance)
         mean = mixed(mean_logits, [m.mean for m in parts])

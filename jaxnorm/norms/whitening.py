@@ -12,7 +12,7 @@ from jaxnorm.elementwise import affine, in_range, remembering
 from jaxnorm.errors import ArgumentError, LayoutError, named
 from jaxnorm.layout import Names, channels
 from jaxnorm.moments import Moments, moments, named_sizes
-from jaxnorm.operands import check_epsilon, feature_array, operands
+from jaxnorm.operands import check_count, check_epsilon, feature_array, operands
 from jaxnorm.running import RunningStats, update
 from jaxnorm.sharded import replicated
 from jaxnorm.stats import clean, ratio
@@ -158,6 +158,7 @@ def _whiten(root, x, running, layout, over, scale, bias, momentum, epsilon, mask
                 counts = counts * rows(slots.weights)[..., :1].astype(z.dtype)
             counts = jnp.broadcast_to(counts, rows(x).shape)
             stats = moments(x, layout, over, weights=back(counts), groups=groups)
+            check_count(x, stats.mean.size, layout, over, None, groups)
             centred = rows(clean(x, x, slots)) - stats.mean.reshape(*(1,) * (z.ndim - 1), -1, size)
             counted = jnp.where(counts > 0, centred, 0)
             sums = jnp.einsum("...gi,...gj->gij", counted * counts, counted, out_sharding=replicated(x))

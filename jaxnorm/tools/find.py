@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxnorm.errors import ArgumentError, named, nearest
 from jaxnorm.tools.report import Report
@@ -33,7 +34,15 @@ STANDARD = {
 # What makes a layer a norm where there are no statistics. torch's weight is every layer's: see _is_norm.
 OWN = {"scale", "gamma", "query_scale", "key_scale", "mean_logits"}
 NEVER = {"kernel", "embedding", "w"}
-COLLECTIONS = {"params", "batch_stats"}
+COLLECTIONS = {"params", "batch_stats", "state", "trainable_variables", "non_trainable_variables"}
+# Trained beside scale and bias, by norms of jaxnorm. What else lies beside a scale is no norm's.
+MORE = {
+    "alpha", "shift", "threshold", "v", "channel_scale", "channel_bias", "query_scale", "key_scale", "mean_logits",
+    "var_logits",
+}  # fmt: skip
+STATE = {"mean", "var", "num_updates", "cov", "mean_hidden", "var_hidden", "var_counter"} | {
+    f"past_{name}" for name in ("kernel", "mean", "var", "dmean", "dvar", "counted")
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,6 @@ class NormLayer:
         return tuple(path for name, path in self.leaves.items() if name in STATE)
 
 
-STATE = {"mean", "var", "num_updates", "cov", "mean_hidden", "var_hidden", "var_counter"}
 Where = str | Sequence[str] | Callable[[NormLayer], bool] | None
 
 
@@ -76,10 +84,8 @@ class NormTable(tuple[NormLayer, ...]):
 
     def report(self) -> Report:
         """The table, as the other tools return theirs."""
-        rows = [
-            {"norm": n.path, "kind": n.kind, "shape": n.shape, "variables": " ".join(n.leaves)} for n in self
-        ]  # fmt: skip
-        return Report(f"{len(self)} norms", ["norm", "kind", "shape", "variables"], rows)
+        rows = [{"norm": n.path, "kind": n.kind, "shape": n.shape, "variables": " ".join(n.leaves)} for n in self]
+        return Report(f"{len(self)} norm{'s' * (len(self) != 1)}", ["norm", "kind", "shape", "variables"], rows)
 
     def __str__(self) -> str:
         return str(self.report())
@@ -97,8 +103,9 @@ def find_norms(tree: Any, where: Where = None) -> NormTable:
         weight of bias's shape, or alone and a vector       another norm, in torch's and Equinox's trees
 
     Args:
-        tree: linen variables or params, nnx.State or module, a torch state_dict, Haiku's params and state as a tuple,
-            Equinox's modules, or nested dicts. An optimizer's state (`opt_state`) is passed over.
+        tree: linen variables or params, nnx.State or module, a torch state_dict, Haiku's (params, state), Keras'
+            variables by path, Equinox's modules, or nested dicts and lists. A tuple is parts of one model, parameters
+            and state, whose layers have the same names. An optimizer's state (`opt_state`) is passed over.
         where: which of them: a glob pattern on the path or several ("block*/bn"), or a function of NormLayer.
 
     Returns:
@@ -115,7 +122,7 @@ def find_norms(tree: Any, where: Where = None) -> NormTable:
         ...     "batch_stats": {"bn": {"mean": one, "var": one}},
         ... }
         >>> print(jn.tools.find_norms(variables))
-        1 norms
+        1 norm
         norm  kind   shape  variables
         ----  -----  -----  -------------------
         bn    batch  (4,)   scale bias mean var
@@ -125,13 +132,17 @@ def find_norms(tree: Any, where: Where = None) -> NormTable:
     Source: the variables of Flax 0.12, Haiku 0.0.17, Equinox 0.13, Keras 3.15 and torch 2.13.
 
     Differs from: a vector `weight` alone, which is RMS norm's or the slopes of torch's PReLU: it is taken for a norm
-        (kind "scale"), and `where` says otherwise. A bias alone is taken for no norm.
+        (kind "scale"), and `where` says otherwise. A bias alone is taken for no norm: that of a batch norm without
+        scale is found where the tree has its statistics too. Nor is a `weight` of several dimensions alone, or what
+        lies beside a kernel. Statistics in Equinox's State have no names, and are not found.
     """
     groups: dict[tuple[str, ...], dict[str, tuple[KeyPath, Any]]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if not hasattr(leaf, "shape") or (path and _word(path[0]) == "opt_state"):
+        if not path or not hasattr(leaf, "shape") or "opt_state" in map(word, path):
             continue
         layer, name = place(path)
+        if isinstance(tree, list):  # of layers, where a tuple is parts of one model
+            layer = (word(path[0]), *layer)
         group = groups.setdefault(layer, {})
         if name in group:
             both = " and ".join(jax.tree_util.keystr(p) for p in (group[name][0], path))
@@ -151,7 +162,7 @@ def choose(norms: NormTable, where: Where) -> NormTable:
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise ArgumentError(f"where must be a pattern, several, or a function of NormLayer, got {pattern!r}.")
-        if not fnmatch.filter(norms.paths, pattern):
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in norms.paths):
             known = ", ".join(norms.paths[:8]) + (", ..." if len(norms) > 8 else "")
             raise ArgumentError(
                 f"where={pattern!r} matches no norm.{nearest(pattern, norms.paths)} There are: {known or 'none'}."
@@ -166,7 +177,7 @@ def place(path: KeyPath) -> tuple[tuple[str, ...], str]:
         keys.pop()  # of an nnx.Variable, or of a box with metadata
     if len(keys) > 1 and isinstance(keys[0], jax.tree_util.SequenceKey):
         keys.pop(0)  # (params, state)
-    words = [word for key in keys for word in re.split(r"[./]", _word(key))]
+    words = [part for key in keys for part in re.split(r"[./]", word(key))]
     if len(words) > 1 and words[0] in COLLECTIONS:
         words.pop(0)
     *layer, name = words
@@ -191,10 +202,58 @@ def get(tree: Any, *paths: KeyPath) -> list[Any]:
     return [leaves[path] for path in paths]
 
 
+def is_variable(node: Any) -> bool:
+    """Whether a node of a tree is an nnx.Variable, which holds one value."""
+    return hasattr(node, "get_metadata") and hasattr(node, "set_value")
+
+
+def paired(trees: Mapping[str, Any], dtypes: bool = True) -> tuple[list[tuple[KeyPath, Any, Any]], Any]:
+    """The leaves of two trees side by side, with their paths, and the tree. The trees must fit; the keys name them."""
+    apart(trees)
+    (a, one), (b, other) = trees.items()
+    left, treedef = jax.tree_util.tree_flatten_with_path(one)
+    right, second = jax.tree_util.tree_flatten_with_path(other)
+    if treedef != second:
+        alone = [
+            f"{jax.tree_util.keystr(path)} is in {name} alone"
+            for name, mine, theirs in ((a, left, dict(right)), (b, right, dict(left)))
+            for path, _ in mine if path not in theirs
+        ]  # fmt: skip
+        why = ", ".join(alone[:3]) + (", ..." if len(alone) > 3 else "") or "their containers are of other types"
+        raise ArgumentError(f"{a} and {b} are different trees: {why}.")
+    pairs = [(path, x, y) for (path, x), (_, y) in zip(left, right, strict=True)]
+    for path, x, y in pairs:
+        what = jax.tree_util.keystr(path)
+        for leaf, name in ((x, a), (y, b)):
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+                raise ArgumentError(f"{what} in {name} is no array, it is a {type(leaf).__name__}.")
+        fit(what, {a: x, b: y}, dtypes)
+    return pairs, treedef
+
+
+def apart(trees: Mapping[str, Any]) -> None:
+    """That two trees do not hold the same Variables of an nnx model, of which only the newest values remain."""
+    a, b = ({id(z) for z in jax.tree.leaves(tree, is_leaf=is_variable) if is_variable(z)} for tree in trees.values())
+    if a & b:
+        raise ArgumentError(
+            f"{' and '.join(trees)} hold the same nnx Variables, which a step changes in both. Keep "
+            "nnx.as_pure(nnx.state(model)) of before and of after it."
+        )
+
+
+def fit(what: str, leaves: Mapping[str, Any], dtypes: bool = True) -> None:
+    """That two arrays have one shape and dtype, or say where they have which."""
+    (a, one), (b, other) = (
+        (name, (getattr(leaf, "dtype", type(leaf).__name__), list(np.shape(leaf)))) for name, leaf in leaves.items()
+    )
+    if one[1] != other[1] or (dtypes and one[0] != other[0]):
+        raise ArgumentError(f"{what} is {one[0]}{one[1]} in {a}, {other[0]}{other[1]} in {b}.")
+
+
 def _layer(layer: tuple[str, ...], group: dict[str, tuple[KeyPath, Any]]) -> NormLayer:
     found = {STANDARD.get(name, name): path for name, (path, _) in group.items()}
-    order = [name for name in dict.fromkeys((*STANDARD.values(), *sorted(found))) if name in found]
-    leaves = {name: found[name] for name in order}
+    order = dict.fromkeys((*STANDARD.values(), *sorted(MORE | STATE)))
+    leaves = {name: found[name] for name in order if name in found}
     shapes = {STANDARD.get(name, name): tuple(leaf.shape) for name, (_, leaf) in group.items()}
     if "mean" in leaves and ("var" in leaves or "cov" in leaves):
         kind = "batch" if "var" in leaves else "whitening"
@@ -218,7 +277,7 @@ def _is_norm(group: dict[str, tuple[KeyPath, Any]]) -> bool:
     return weight.ndim >= 1 and weight.shape == bias.shape if bias is not None else weight.ndim == 1
 
 
-def _word(key: Any) -> str:
+def word(key: Any) -> str:
     """The text of one key of a path, whatever container it is of."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):

@@ -82,14 +82,14 @@ def fold(
         ...     "dense": {"kernel": jnp.array([[1.0, 2.0]]), "bias": one},
         ...     "bn": {"scale": 4 * one, "bias": 0 * one, "mean": one, "var": 3 * one},
         ... }
-        >>> folded, report = jn.tools.fold(model, variables, jnp.ones((1, 1)))
+        >>> folded, report = jn.tools.fold(model, variables, jnp.ones(1))
         >>> print(report)
         1 of 1 norms folded
         norm  into   the layer stands  why not
         ----  -----  ----------------  -------
         bn    dense  before
-        >>> folded["dense"]["kernel"].tolist(), model(folded, jnp.ones((1, 1)), norm=False).tolist()
-        ([[2.0, 4.0]], [[2.0, 4.0]])
+        >>> folded["dense"]["kernel"].tolist(), model(folded, jnp.ones(1), norm=False).tolist()
+        ([[2.0, 4.0]], [2.0, 4.0])
 
     Source: Jacob et al. 2018, section 3.2 (folding before); the equations above.
 
