@@ -1,6 +1,6 @@
 """jaxnorm: normalization over named axes, for JAX and Flax."""
 
-from jaxnorm import tools
+from jaxnorm import inspect, tools
 from jaxnorm.errors import AxisError, LayoutError
 from jaxnorm.moments import Moments, empty_moments, merge, moments
 from jaxnorm.normalize import normalize, standardize
@@ -77,6 +77,7 @@ __all__ = [
     "reduce_gradients",
     "norms",
     "tools",
+    "inspect",
     "ghost_batch_norm",
     "batch_renorm",
     "split_batch_norm",

@@ -6,9 +6,18 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from jaxnorm import __version__
-from jaxnorm.lab import compare, options
+from jaxnorm.lab import compare, doctor, doctor_options, folding, importing, options
 from jaxnorm.lab.bench import command as bench
 from jaxnorm.lab.bench import options as bench_options
+
+# the description, the options and what they become; then what does it, by its `run`
+COMMANDS = {
+    "compare": (options, compare),
+    "bench": (bench_options, bench),
+    "doctor": (doctor_options, doctor),
+    "import": (importing, importing),
+    "fold": (folding, folding),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,18 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"jaxnorm {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
     parsers: dict[str, Parser] = {}
-    for name, of in {"compare": options, "bench": bench_options}.items():
+    for name, (of, _) in COMMANDS.items():
         parsers[name] = commands.add_parser(name, **of.DESCRIPTION)
         of.add_to(parsers[name])
     args = vars(parser.parse_args(argv))
     command = args.pop("command")
+    of, does = COMMANDS[command]
     chosen = parsers[command]
     try:
-        if command == "compare":
-            return compare.run(options.Options(**args))
-        if argv is None:  # called from Python, this process is not ours to start again
+        given = of.Options(**args)
+        if command == "bench" and argv is None:  # called from Python, this process is not ours to start again
             bench.restart()
-        return bench.run(bench_options.Options(**args))
+        return does.run(given)
     except options.BadOption as error:
         chosen.error(str(error))
     except KeyboardInterrupt:

@@ -64,13 +64,14 @@ class Block(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Logits of 1,000 classes from pictures (n, 224, 224, 3).
+    """Logits of ImageNet's 1,000 classes, or others, from pictures (n, h, w, 3), trained on 224 x 224.
 
     norm: called with a name, as `functools.partial(BatchNorm, use_running_average=True, epsilon=1e-5)`; None leaves
         the norms out and gives the convolutions a bias, which is what folding leaves.
     """
 
     norm: Norm
+    classes: int = 1000
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -78,7 +79,7 @@ class MobileNetV2(nn.Module):
         for i, (channels, stride, expansion) in enumerate(STEPS, 1):
             x = Block(channels, stride, expansion, self.norm, name=f"block_{i}")(x)
         x = ConvNorm(1280, 1, self.norm, name="head")(x)
-        return nn.Dense(1000, name="classifier")(jnp.mean(x, (1, 2)))
+        return nn.Dense(self.classes, name="classifier")(jnp.mean(x, (1, 2)))
 
 
 def picture(x: Any) -> np.ndarray:

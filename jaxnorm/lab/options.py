@@ -172,6 +172,14 @@ def some_of(allowed: tuple[str, ...], kind: str, none: bool = False) -> Callable
     return check
 
 
+def some_patterns(text: str) -> tuple[str, ...]:
+    """Globs separated by commas."""
+    patterns = tuple(pattern.strip() for pattern in text.split(",") if pattern.strip())
+    if not patterns:
+        raise argparse.ArgumentTypeError("names no layer")
+    return patterns
+
+
 def need(*modules: str) -> None:
     """Raises where a module of the extra `lab` is not installed."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]

@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
+from jaxnorm.inspect.figure import fan, legend_below, log_scale, whole_numbers
 from jaxnorm.lab.report import Run, by_norm
 
 STYLES = {  # colour and marker: told apart in grey as well
@@ -97,16 +98,6 @@ def activations(runs: list[Run]) -> Figure:
     return figure
 
 
-def fan(axes: Axes, quantiles: np.ndarray, colour: str) -> None:
-    """Quantiles (depth, 5) as two bands and the median."""
-    depth = np.arange(1, len(quantiles) + 1)
-    low, lower, median, upper, high = quantiles.T
-    axes.fill_between(depth, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.fill_between(depth, lower, upper, color=colour, alpha=0.4, linewidth=0)
-    axes.plot(depth, median, color=colour, marker=".")
-    whole_numbers(axes, len(depth))
-
-
 def lines_by_norm(axes: Axes, runs: list[Run], values: Callable[[Run], list[float]]) -> None:
     """A line for each norm, the mean over its seeds, and the range from seed to seed behind it."""
     style = styles(by_norm(runs))
@@ -118,20 +109,3 @@ def lines_by_norm(axes: Axes, runs: list[Run], values: Callable[[Run], list[floa
         axes.plot(x, rows.mean(axis=0), color=colour, marker=marker, markersize=4, label=norm)
         axes.fill_between(x, rows.min(axis=0), rows.max(axis=0), color=colour, alpha=0.15, linewidth=0)
     whole_numbers(axes, max(len(values(run)) for run in runs))
-
-
-def log_scale(axes: Axes) -> None:
-    """A logarithmic y axis, where there is a value to show: nets may have diverged to NaN."""
-    if any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
-        axes.set_yscale("log")
-
-
-def whole_numbers(axes: Axes, last: int) -> None:
-    """An x axis from 1 to last, with ticks at whole numbers."""
-    axes.set_xlim(0.7, max(last, 1) + 0.3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(alpha=0.3)
-
-
-def legend_below(figure: Figure, handles: list, title: str) -> None:
-    figure.legend(handles=handles, title=title, loc="outside lower center", ncols=len(handles), frameon=False)
