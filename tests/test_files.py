@@ -83,6 +83,9 @@ def test_orbax(tmp_path):
         checkpointer.save(tmp_path / "model", NESTED)
         checkpointer.wait_until_finished()
     same(read(tmp_path / "model"), NESTED)
+    (tmp_path / "1000").mkdir()
+    (tmp_path / "model").rename(tmp_path / "1000" / "default")  # a step of a CheckpointManager
+    same(read(tmp_path / "1000"), NESTED)
 
 
 # --- torch's pickles

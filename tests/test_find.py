@@ -77,6 +77,8 @@ def test_nnx_in_every_form():
     state = nnx.state(model)
     for tree in (model, state, nnx.as_pure(state), nnx.to_pure_dict(state), nnx.split(model, nnx.Param, ...)[1:]):
         assert kinds(tree) == whole
+    boxed = jax.tree.map(lambda leaf: {"value": leaf}, nnx.to_pure_dict(state))  # as orbax restores it
+    assert kinds(boxed) == whole
     assert kinds(nnx.state(model, nnx.Param)) == {**blocks, "norm": ("scale and bias", "scale bias")}
     found = jn.tools.find_norms(state)
     assert found.paths == (*(f"blocks/{i}" for i in range(11)), "norm")  # 10 after 9

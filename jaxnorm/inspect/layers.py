@@ -50,7 +50,6 @@ class Layer:
 
 def layers_of(tree: Any) -> list[Layer]:
     """Every norm of a tree. Parameters and statistics are brought together however deep their collections lie."""
-    tree = _unboxed(tree)
     found: dict[str, NormLayer] = {}
     for norm in _norms_and_halves(tree):
         words = norm.path.split("/")
@@ -71,15 +70,6 @@ def layers_of(tree: Any) -> list[Layer]:
         )
         for norm in found.values()
     ]
-
-
-def _unboxed(tree: Any) -> Any:
-    """Orbax saves an nnx.Variable as {"value": array}."""
-    if type(tree) is not dict:
-        return tree
-    if tree.keys() == {"value"} and hasattr(tree["value"], "shape"):
-        return tree["value"]
-    return {key: _unboxed(part) for key, part in tree.items()}
 
 
 def host(leaf: Any, at: KeyPath) -> np.ndarray:

@@ -9,8 +9,7 @@ import numpy as np
 from jaxnorm.errors import ArgumentError, named
 from jaxnorm.inspect.figure import COLOURS, DARK, fan, fan_key, figure, legend_below, log_scale, named_layers, to_rgb
 from jaxnorm.inspect.layers import Layer, host, layers_of
-from jaxnorm.tools.find import NormTable, Where, choose
-from jaxnorm.tools.find import _natural as natural
+from jaxnorm.tools.find import NormTable, Where, choose, natural
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 WHOLE = (0.0, 0.25, 0.5, 0.75, 1.0)

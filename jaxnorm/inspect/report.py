@@ -9,8 +9,7 @@ from jaxnorm.errors import ArgumentError, named
 from jaxnorm.inspect.findings import NOTE, WRONG, Settings, of_layer, updates
 from jaxnorm.inspect.layers import Layer, layers_of
 from jaxnorm.inspect.whole import of_model
-from jaxnorm.tools.find import NormTable, Where, choose
-from jaxnorm.tools.find import _natural as natural
+from jaxnorm.tools.find import NormTable, Where, choose, natural
 from jaxnorm.tools.report import Report
 
 COLUMNS = ["norm", "kind", "shape", "updates", "mean max", "var min", "var max", "scale min", "grade", "finding"]

@@ -13,8 +13,7 @@ from jaxnorm.errors import ArgumentError, named
 from jaxnorm.inspect.layers import host
 from jaxnorm.moments import Moments, merge_along
 from jaxnorm.tools.find import KeyPath, NormLayer, NormTable, Where, choose, find_norms, get
-from jaxnorm.tools.recalibrate import _by_norm as by_norm
-from jaxnorm.tools.recalibrate import _written as written
+from jaxnorm.tools.recalibrate import by_norm, written
 from jaxnorm.tools.report import Report
 
 COLUMNS = ["norm", "count", "mean gap", "mean noise", "var gap", "var noise", "skew", "skew noise", "share", "finding"]

@@ -18,8 +18,8 @@ needed, and no code of the checkpoint is run.""",
 examples:
   jaxnorm doctor model.msgpack
       flax.serialization.to_bytes of {"params": ..., "batch_stats": ...}
-  jaxnorm doctor checkpoints/1000/default
-      a folder that orbax wrote: here the only item of a CheckpointManager's step
+  jaxnorm doctor checkpoints/1000
+      a folder that orbax wrote, or a step of its CheckpointManager
   jaxnorm doctor mobilenet_v2.pth --momentum 0.9
       a torch state_dict; its norms count their updates, so that the momentum tells whether these were enough
   jaxnorm doctor model.safetensors --where "encoder/*" --html report.html

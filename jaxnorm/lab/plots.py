@@ -11,15 +11,15 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from jaxnorm.inspect.figure import fan, legend_below, log_scale, whole_numbers
+from jaxnorm.inspect.figure import COLOURS, fan, legend_below, log_scale, whole_numbers
 from jaxnorm.lab.report import Run, by_norm
 
 STYLES = {  # colour and marker: told apart in grey as well
-    "batch": ("#0072B2", "o"),
-    "layer": ("#E69F00", "s"),
-    "instance": ("#009E73", "^"),
-    "group": ("#D55E00", "D"),
-    "rms": ("#CC79A7", "v"),
+    "batch": (COLOURS["batch"], "o"),
+    "layer": (COLOURS["layer"], "s"),
+    "instance": (COLOURS["instance"], "^"),
+    "group": (COLOURS["group"], "D"),
+    "rms": (COLOURS["RMS"], "v"),
     "none": ("#000000", "x"),
 }
 OTHERS = ("#56B4E9", "#F0E442", "#999999", "#332288", "#117733", "#882255")  # for any norm beyond these

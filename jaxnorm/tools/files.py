@@ -190,8 +190,9 @@ def _safetensors(path: Path) -> Checkpoint:
 
 def _orbax(path: Path) -> Checkpoint:
     checkpointer = need("orbax.checkpoint", "orbax-checkpoint").StandardCheckpointer()
+    step = path / "default"  # where a CheckpointManager puts what it has no other name for
     with checkpointer:
-        tree = checkpointer.restore(path.absolute())
+        tree = checkpointer.restore((step if step.is_dir() else path).absolute())
     return Checkpoint(jax.tree.map(np.asarray, tree))
 
 

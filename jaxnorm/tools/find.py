@@ -149,7 +149,7 @@ def find_norms(tree: Any, where: Where = None) -> NormTable:
             raise ArgumentError(f"{both} would both be {name!r} of {'/'.join(layer)!r}. Give one tree at a time.")
         group[name] = path, leaf
     found = [_layer(layer, group) for layer, group in groups.items() if _is_norm(group)]
-    return choose(NormTable(sorted(found, key=lambda layer: _natural(layer.path))), where)
+    return choose(NormTable(sorted(found, key=lambda layer: natural(layer.path))), where)
 
 
 def choose(norms: NormTable, where: Where) -> NormTable:
@@ -173,8 +173,8 @@ def choose(norms: NormTable, where: Where) -> NormTable:
 def place(path: KeyPath) -> tuple[tuple[str, ...], str]:
     """The layer and the name of a variable. The layer without collections: parameters and statistics lie together."""
     keys = list(path)
-    if len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
-        keys.pop()  # of an nnx.Variable, or of a box with metadata
+    if len(keys) > 1 and word(keys[-1]) == "value":
+        keys.pop()  # of an nnx.Variable, which orbax makes a dict of, or of a box with metadata
     if len(keys) > 1 and isinstance(keys[0], jax.tree_util.SequenceKey):
         keys.pop(0)  # (params, state)
     words = [part for key in keys for part in re.split(r"[./]", word(key))]
@@ -285,7 +285,7 @@ def word(key: Any) -> str:
     return str(key)
 
 
-def _natural(path: str) -> list[tuple[bool, int, str]]:
+def natural(path: str) -> list[tuple[bool, int, str]]:
     """An order in which layer 10 comes after layer 2."""
     parts = re.split(r"(\d+)", path)
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]

@@ -12,8 +12,7 @@ from jaxnorm.errors import ArgumentError
 from jaxnorm.tools import files
 from jaxnorm.tools.files import Settings
 from jaxnorm.tools.files_keras import keras_settings
-from jaxnorm.tools.find import _natural as natural
-from jaxnorm.tools.find import find_norms, place, put
+from jaxnorm.tools.find import find_norms, natural, place, put
 
 FRAMEWORKS = ("flax", "torch", "keras", "haiku", "equinox", "onnx")
 # The names that tell whose a tree is, after find.place, and those that a framework shares with Flax.

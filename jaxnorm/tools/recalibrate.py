@@ -125,8 +125,8 @@ def recalibrate(
     with _bar(batches, progress) as tick:
         for k in range(1, limit + 1):
             seen, count, probe, was = _pass(collect, variables, batches, norms, k, k == limit, tick)
-            variables = _written(variables, chosen, seen, count, unbiased)
-            now = _by_norm(collect(variables, probe), norms)
+            variables = written(variables, chosen, seen, count, unbiased)
+            now = by_norm(collect(variables, probe), norms)
             moving = {path for path in set(was).intersection(chosen.paths) if not _same(was[path], now[path])}
             if not moving:
                 break
@@ -140,7 +140,7 @@ def _pass(collect, variables, batches, norms: NormTable, k: int, final: bool, ti
     count, fullest, probe, was = 0, -1.0, None, {}
     source: Any = batches() if callable(batches) else batches
     for batch in source:
-        seen = _by_norm(collect(variables, batch), norms)
+        seen = by_norm(collect(variables, batch), norms)
         now = {path: (m.mean.shape, m.axes) for path, m in seen.items()}
         if count and now != shapes:
             raise ArgumentError(f"batch {count} of pass {k} gave moments of other norms or shapes than those before.")
@@ -163,7 +163,7 @@ def _pass(collect, variables, batches, norms: NormTable, k: int, final: bool, ti
     return _unflat(total, was), count, probe, was
 
 
-def _by_norm(tree: Any, norms: NormTable) -> Seen:
+def by_norm(tree: Any, norms: NormTable) -> Seen:
     """Moments as collect gives them, on the host, by the norm they are of."""
     seen = {}
     for path, m in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda z: isinstance(z, Moments))[0]:
@@ -229,7 +229,7 @@ def _same(a: Moments, b: Moments) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def _written(variables: Any, chosen: NormTable, seen: Seen, batches: int, unbiased: bool) -> Any:
+def written(variables: Any, chosen: NormTable, seen: Seen, batches: int, unbiased: bool) -> Any:
     """The variables with these statistics."""
     new = {}
     for layer in chosen:
