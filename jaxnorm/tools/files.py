@@ -159,9 +159,8 @@ def array(leaf: Any) -> np.ndarray:
         leaf = leaf.detach().cpu().contiguous()
         if str(leaf.dtype) == "torch.bfloat16":  # NumPy's protocol does not know it
             import ml_dtypes
-            import torch
 
-            return leaf.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            return leaf.view(import_module("torch").int16).numpy().view(ml_dtypes.bfloat16)
         return leaf.numpy()
     return np.asarray(leaf)
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -165,8 +166,7 @@ def _torch(leaf: Any) -> bool:
 
 def _torch_settings(module: Any) -> Settings:
     """What the layers of an nn.Module say of themselves."""
-    import torch
-
+    torch: Any = import_module("torch")
     out: Settings = {}
     for name, layer in module.named_modules():
         said = out[name.replace(".", "/")] = {}
