@@ -19,6 +19,11 @@ COMMANDS = {
     "fold": (folding, folding),
 }
 
+EPILOG = (
+    "`jaxnorm COMMAND --help` has examples. To recalibrate the statistics of a checkpoint takes the model and data, so "
+    "that there is no command for it: see jaxnorm.tools.recalibrate."
+)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a bad value is answered with one line, without the usage above it."""
@@ -28,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="jaxnorm", description="Normalization over named axes, for JAX and Flax.")
+    parser = Parser(prog="jaxnorm", description="Normalization over named axes, for JAX and Flax.", epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"jaxnorm {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
     parsers: dict[str, Parser] = {}

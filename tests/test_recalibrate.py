@@ -202,7 +202,7 @@ def test_each_pass_settles_one_depth():
         assert [note is not None for note in report.to_dict()["note"]] == [i >= passes for i in range(DEPTH)]
     assert_statistics(done, stats, whole)
     done, report = recalibrate(collect, variables, iter(BATCHES), progress=False)  # it can be read once
-    assert report.title.endswith("1 pass")
+    assert report.title.endswith("1 pass, 2 not settled")
     assert [note is not None for note in report.to_dict()["note"]] == [False, True, True]
 
 
@@ -345,3 +345,17 @@ def test_counts_beyond_float32():
     np.testing.assert_allclose(done["bn"]["mean"], total / n, rtol=1e-7)
     np.testing.assert_allclose(done["bn"]["var"], 1000 * 2**28 / n - (total / n) ** 2, rtol=1e-7)
     assert int(done["bn"]["num_updates"]) == 1001
+
+
+@pytest.mark.parametrize("batches", [np.ones((4, 2)), {"a": 1}, 3], ids=["array", "dict", "int"])
+def test_one_batch_is_no_list_of_them(batches):
+    """The rows of an array would pass for batches."""
+    variables = {"bn": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}
+    with pytest.raises(ValueError, match=r"recalibrate: batches must be a list of them, .* got \w+. Put one batch"):
+        recalibrate(lambda v, x: {}, variables, batches)
+
+
+def test_where_that_chooses_nothing_says_so():
+    variables = {"bn": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}
+    with pytest.raises(ValueError, match="where chose none of 1 batch norms"):
+        recalibrate(lambda v, x: {}, variables, [1], where=lambda norm: False)

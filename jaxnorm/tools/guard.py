@@ -182,7 +182,7 @@ def _check(faults: list[Fault]) -> None:
     """Raise what is wrong, all in one message, or leave it to checkify where nothing is known yet."""
     wrong = []
     for there, text, number in faults:
-        if isinstance(there, Tracer):
+        if isinstance(there, Tracer):  # outside of checkify JAX says, when it lowers this, that it must be inside
             checkify.check(~there, text, *(() if number is None else (number,)))
         elif there:
             wrong.append(text if number is None else text.format(f"{float(number):g}"))

@@ -1,12 +1,12 @@
 """Around an optimizer: which parameters are norms', steps that are rejected, averages of the weights."""
 
 import functools
-from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxnorm.errors import ArgumentError, named
@@ -50,7 +50,8 @@ def norm_mask(params: Any, where: Where = None) -> Any:
     Source: Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 5.3, whose norms are not decayed.
 
     Differs from: masks by rank or by the name "bias", which take the biases of other layers and leave a torch
-        LayerNorm of several dimensions.
+        LayerNorm of several dimensions. A vector `weight` or a `gamma` alone may be the slopes of torch's PReLU or a
+        LayerScale, which nothing tells from RMS norm's scale: it is taken for a norm's, and `where` says otherwise.
     """
     chosen = {path for norm in find_norms(params, where) for path in norm.parameters}
 
@@ -75,7 +76,8 @@ def commit_if_finite(old: Any, new: Any, ok: ArrayLike | None = None) -> Any:
             `jax.lax.pmin(ok.astype(jnp.int32), "devices") > 0`. None asks whether all floats in `new` are finite.
 
     Returns:
-        A tree of the types of `old`, a legal scan carry. From a rejected `new` no value and no gradient comes.
+        A tree of the types of `old`, a legal scan carry. No value of a rejected `new` is in it, and the cotangent that
+        goes back to it is 0; where the step itself divides by zero, its derivative makes NaN of that 0.
 
     Raises:
         ValueError: (ArgumentError) when the trees, shapes or dtypes differ, or `ok` is not one bool.
@@ -142,7 +144,9 @@ def ema(averaged: Any, variables: Any, momentum: ArrayLike = 0.999, *, stats: st
     """
     if stats not in ("average", "newest", "keep"):
         raise ArgumentError(f'stats must be "average", "newest" or "keep", got {stats!r}.')
-    if isinstance(momentum, Real) and not 0 <= float(momentum) <= 1:
+    part = None if isinstance(momentum, Tracer) else np.asarray(momentum)
+    number = part is None or (part.dtype.kind in "fiu" and part.ndim == 0 and 0 <= part <= 1)
+    if not number or (part is None and jax.typeof(momentum).shape):
         raise ArgumentError(f"momentum is the part of the old value that is kept, 0 to 1, got {momentum!r}.")
     pairs, treedef = paired({"averaged": averaged, "variables": variables}, dtypes=False)
     state = set() if stats == "average" else {path for norm in find_norms(averaged) for path in norm.state}

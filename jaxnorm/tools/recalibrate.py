@@ -6,7 +6,7 @@ are exact, what it sees is what one batch of all the data would show it: pass k 
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ COLUMNS = ["norm", "count", "mean moved", "var times", "note"]
 
 class Recalibrated(NamedTuple):
     """The variables with new statistics, and what changed: `mean moved` is the largest change of a mean, in standard
-    deviations, `var times` the new variance by the old one, of the channel where it is farthest from 1."""
+    deviations before or after, the larger, `var times` the new variance by the old one where it is farthest from 1."""
 
     variables: Any
     report: Report
@@ -101,7 +101,7 @@ def recalibrate(
         1 of 1 batch norms recalibrated, 2 batches, 1 pass
         norm  count  mean moved  var times  note
         ----  -----  ----------  ---------  ----
-        bn    4      6           14
+        bn    4      1.604       14
 
     Source: Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3 (precise BN, which is all at once); Chan,
         Golub, LeVeque 1983 (merging).
@@ -111,6 +111,12 @@ def recalibrate(
     """
     if passes is not None and (isinstance(passes, bool) or not isinstance(passes, int) or passes < 1):
         raise ArgumentError(f"passes is a number from 1, or None for until all norms are settled, got {passes!r}.")
+    one = isinstance(batches, jax.Array | np.ndarray | Mapping | str)
+    if one or not (callable(batches) or hasattr(batches, "__iter__")):
+        raise ArgumentError(
+            f"batches must be a list of them, or a function that gives an iterator, got {type(batches).__name__}. "
+            "Put one batch into a list."
+        )
     if isinstance(batches, Iterator) and passes not in (None, 1):
         raise ArgumentError(
             f"passes={passes} reads the batches again, and an iterator can be read once. Give a list, or a function "
@@ -119,7 +125,8 @@ def recalibrate(
     norms = NormTable(layer for layer in find_norms(variables) if layer.kind == "batch")
     chosen = choose(norms, where)
     if not chosen:
-        raise ArgumentError("there is no batch norm among the variables: no `mean` beside a `var`. See find_norms.")
+        none = "there is no batch norm among the variables: no `mean` beside a `var`"
+        raise ArgumentError(f"{f'where chose none of {len(norms)} batch norms' if norms else none}. See find_norms.")
     before = variables
     limit = passes or (1 if isinstance(batches, Iterator) else len(norms))
     with _bar(batches, progress) as tick:
@@ -298,11 +305,12 @@ def _report(before, after, norms, chosen, seen: Seen, batches: int, passes: int,
             [_host(z, layer.path) for z in get(tree, *where)] for tree in (before, after)
         )
         with np.errstate(divide="ignore", invalid="ignore"):
-            row["mean moved"] = float(np.nanmax(np.abs(new_mean - mean) / np.sqrt(var), initial=0))
+            row["mean moved"] = float(np.nanmax(np.abs(new_mean - mean) / np.sqrt(np.fmax(var, new_var)), initial=0))
             times = np.nan_to_num(new_var / var, nan=1.0, posinf=np.inf).ravel()
             row["var times"] = float(times[np.abs(np.log(times)).argmax()])
     done = sum(path in seen and bool((seen[path].count > 0).any()) for path in chosen.paths)
     title = f"{done} of {len(norms)} batch norms recalibrated, {batches} batches, {passes} pass" + "es" * (passes > 1)
+    title += f", {len(moving)} not settled" if moving else ""
     return Report(title, COLUMNS, rows)
 
 

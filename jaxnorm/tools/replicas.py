@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,17 @@ from jaxnorm.tools.recalibrate import bias_of
 from jaxnorm.tools.report import Report
 
 
+class Merged(NamedTuple):
+    """variables: those of one model. report: a row for each norm, how far apart its replicas were."""
+
+    variables: Any
+    report: Report
+
+
 @named
 def merge_replicas(
     variables: Any, axis: int = 0, *, counts: Sequence[float] | None = None, where: Where = None, tolerance: float = 0.0
-) -> tuple[Any, Report]:
+) -> Merged:
     """Variables with a dimension of replicas, as pmap or an unsynced run leaves them, as those of one model.
 
         mean = sum(t mean_i) / T,   var = sum(t (var_i + |mean_i - mean|^2)) / T,   T = sum(t)
@@ -30,14 +37,14 @@ def merge_replicas(
 
     Args:
         variables: a tree all of whose arrays have the dimension. Where only the statistics have it, give these:
-            {**variables, "batch_stats": merge_replicas(variables["batch_stats"])[0]}
+            {**variables, "batch_stats": merge_replicas(variables["batch_stats"]).variables}
         axis: where the dimension is.
         counts: t, how much each replica has seen; by default its `num_updates`, where there is one, else all the same.
         where: which norms are pooled: a pattern, several, or a function of NormLayer. Others must agree.
         tolerance: the largest difference that counts as agreement; the first replica's value is taken.
 
     Returns:
-        (variables, report): the tree without the dimension, and for each norm how far its replicas were apart: the
+        Merged: (variables, report), the tree without the dimension, and for each norm how far its replicas were: the
         largest distance of a mean from the pooled one, in pooled standard deviations. `num_updates` is the largest.
 
     Raises:
@@ -84,11 +91,11 @@ def merge_replicas(
         )
     new |= {path: rows[0] for path, rows in shared.items()}
     title = f"{len(norms)} batch norms of {replicas} replicas pooled"
-    return _put(variables, new), Report(title, ["norm", "replicas", "apart"], report)
+    return Merged(_put(variables, new), Report(title, ["norm", "replicas", "apart"], report))
 
 
 @named
-def replicate(variables: Any, devices: int) -> Any:
+def replicate(variables: Any, devices: int, axis: int = 0) -> Any:
     """Variables of one model as those of many replicas, each with the same: the way back from `merge_replicas`.
 
         new[i] = old,   i = 0 ... devices - 1
@@ -96,12 +103,13 @@ def replicate(variables: Any, devices: int) -> Any:
     Args:
         variables: any tree. What is no array stays as it is.
         devices: how many replicas.
+        axis: where the new dimension is.
 
     Returns:
-        The tree, every array with a first dimension of that size.
+        The tree, every array with a dimension of that size more.
 
     Raises:
-        ArgumentError: when devices is no number from 1.
+        ArgumentError: when devices is no number from 1, or an array has no such axis.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm as jn
@@ -110,17 +118,20 @@ def replicate(variables: Any, devices: int) -> Any:
 
     Source: the first dimension that `jax.pmap` maps over.
 
-    Differs from: `flax.jax_utils.replicate`, which also puts each part on its device.
+    Differs from: `flax.jax_utils.replicate`, which has axis 0 alone and puts each part on its device.
     """
     if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
         raise ArgumentError(f"devices is how many replicas there are to be, a number from 1, got {devices!r}.")
 
-    def repeated(leaf: Any) -> Any:
-        if isinstance(leaf, np.ndarray | np.generic):
-            return np.stack([leaf] * devices)
-        return jnp.stack([leaf] * devices) if isinstance(leaf, jax.Array) else leaf
+    def repeated(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            return leaf
+        if not isinstance(axis, int) or not -leaf.ndim - 1 <= axis <= leaf.ndim:
+            raise ArgumentError(f"{keystr(path)} of shape {leaf.shape} cannot have replicas along axis {axis!r}.")
+        stack: Any = jnp.stack if isinstance(leaf, jax.Array) else np.stack
+        return stack([leaf] * devices, axis)
 
-    return jax.tree.map(repeated, variables)
+    return jax.tree_util.tree_map_with_path(repeated, variables)
 
 
 @dataclass(frozen=True)
