@@ -243,3 +243,12 @@ def test_names_are_drawn_as_they_are():
     picture = jn.inspect.plot_statistics(tree)
     assert [label.get_text() for label in picture.axes[0].get_xticklabels()] == ["a$b$^", "c?"]
     picture._repr_png_()
+
+
+def test_by_name():
+    figure = jn.inspect.plot("depth", [np.ones(3), np.ones(3)])
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        axes.get_ylabel() for axes in jn.inspect.plot_depth([np.ones(3), np.ones(3)]).axes
+    ]
+    with pytest.raises(ArgumentError, match=r"inspect.plot: there is no picture 'cubes'. Did you mean 'cube'"):
+        jn.inspect.plot("cubes")

@@ -344,6 +344,9 @@ def test_ema_of_nnx_and_of_haiku():
     ("call", "message"),
     [
         (lambda: jn.tools.ema({"a": X}, {"a": X}, 1.5), "momentum is the part of the old value that is kept"),
+        (lambda: jn.tools.ema({"a": X}, {"a": X}, jnp.float32(1.5)), "momentum is the part of the old value"),
+        (lambda: jn.tools.ema({"a": X}, {"a": X}, jnp.ones(4)), "momentum is the part of the old value"),
+        (lambda: jn.tools.ema({"a": X}, {"a": X}, "0.9"), "momentum is the part of the old value"),
         (lambda: jn.tools.ema({"a": X}, {"a": X}, stats="copy"), 'must be "average", "newest" or "keep", got \'copy\''),
         (lambda: jn.tools.ema({"a": X}, {"a": X[0]}), r"\['a'\] is float32\[8, 4\] in averaged, float32\[4\] in"),
     ],
