@@ -13,7 +13,9 @@ import jaxnorm as jn
 
 README = Path(__file__).parents[1] / "README.md"
 PUBLIC = [(name, getattr(jn, name)) for name in jn.__all__]
-FUNCTIONS = [(name, thing) for name, thing in PUBLIC if inspect.isroutine(thing)]
+PARTS = [(f"{part}.{name}", getattr(getattr(jn, part), name)) for part in ("tools", "inspect")
+         for name in getattr(jn, part).__all__]  # fmt: skip
+FUNCTIONS = [(name, thing) for name, thing in PUBLIC + PARTS if inspect.isroutine(thing)]
 CLASSES = [(name, thing) for name, thing in PUBLIC if inspect.isclass(thing)]
 MODULES = [
     module.name for module in pkgutil.walk_packages(jn.__path__, "jaxnorm.") if not module.name.endswith("__main__")

@@ -46,8 +46,10 @@ def check_stats(variables: Any, where: Where = None) -> None:
         ...     print(error)
         jaxnorm.tools.check_stats: the running statistics of 'block/bn' were never updated: train, load or measure them
         (recalibrate).
-        >>> _, running = jn.batch_norm(jnp.array([[1.0], [3.0]]), running)
+        >>> _, running = jn.batch_norm(jnp.array([[1.0], [3.0]]), running, momentum=0.5)
         >>> jn.tools.check_stats(running)
+        >>> running.mean.tolist()
+        [1.0]
 
         In a program:
 
