@@ -1,4 +1,4 @@
-"""One small net, [Conv, batch, relu, group, mean, layer, Dense], as a Flax module with jaxnorm's norms."""
+"""One small net, [Conv, batch, relu, group, mean, layer, Dense], in Flax with jaxnorm's norms and in torch."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from jaxnorm.linen import BatchNorm, GroupNorm, LayerNorm
 
@@ -82,3 +83,44 @@ def evaluated(model, variables):
 
 def close(actual, expected, rtol=1e-5, atol=1e-5):
     np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=rtol, atol=atol)
+
+
+def torch_net(momentum=0.1, epsilon=1e-5):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    tnn = torch.nn
+
+    class Net(tnn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = tnn.Conv2d(3, 4, 3), tnn.BatchNorm2d(4, epsilon, momentum)
+            self.gn, self.ln, self.fc = tnn.GroupNorm(2, 4), tnn.LayerNorm(4), tnn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.gn(torch.relu(self.bn(self.conv(x))))
+            return self.fc(self.ln(x.mean((2, 3))))
+
+    torch.manual_seed(0)
+    model = Net()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.1 * torch.randn_like(value))
+    torch_steps(model, BATCHES[:2], TARGETS[:2])
+    return model
+
+
+def torch_steps(model, xs, ys):
+    import torch
+
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    for x, y in zip(xs, ys, strict=True):
+        optimizer.zero_grad()
+        torch.mean((model(torch.tensor(x.transpose(0, 3, 1, 2))) - torch.tensor(y)) ** 2).backward()
+        optimizer.step()
+
+
+def torch_evaluated(model):
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.tensor(BATCHES[0].transpose(0, 3, 1, 2))).numpy()

@@ -68,7 +68,7 @@ def test_keras(keras_net, form, tmp_path):
     variables, report = convert(source, blank(model), settings=given)
     assert report.settings == KERAS
     whence = dict(zip(*(report.to_dict()[name] for name in ("target", "settings")), strict=True))
-    assert (whence["bn"], whence["gn"]) == (("default given", "default") if bare else ("source", "source"))
+    assert (whence["bn"], whence["gn"]) == (("default given", "given") if bare else ("source", "source"))
     close(evaluated(model, variables), peer(BATCHES[0], training=False))
     after = trained(model, variables, rate=0.0)
     for x in BATCHES[2:]:
@@ -115,7 +115,7 @@ def test_keras_layers_of_other_shapes(keras, tmp_path):
         "up": {"kernel": np.zeros((3, 3, 6, 2)), "bias": np.zeros(2)},
     }  # fmt: skip
     outer.save(tmp_path / "net.keras")
-    trees = [convert(source, target).tree for source in (outer, tmp_path / "net.keras")]
+    trees = [convert(source, target).variables for source in (outer, tmp_path / "net.keras")]
     jax.tree.map(np.testing.assert_array_equal, *trees)
     tree = trees[0]
     np.testing.assert_array_equal(tree["bn"]["bias"], outer.get_layer("bn").beta)

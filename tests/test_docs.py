@@ -78,7 +78,7 @@ def test_examples(module):
 def test_no_public_example_is_missed():
     # functions under a decorator are easily missed by doctest
     found = {test.name for module in MODULES for test in examples(module)}
-    assert found >= {f"{function.__module__}.{name}" for name, function in FUNCTIONS}
+    assert found >= {f"{function.__module__}.{function.__name__}" for _, function in FUNCTIONS}
 
 
 @pytest.mark.parametrize(("line", "code"), BLOCKS, ids=lambda v: f"line {v}" if isinstance(v, int) else "")

@@ -193,6 +193,8 @@ def test_a_pickle_cannot_change_what_later_ones_get(tmp_path):
         ([tensor(5, (2,), (1,))], "leaves its storage"),
         ([tensor(0, (2, 3), (4, 1))], "leaves its storage"),
         ([tensor(0, (2**40, 2), (1, 2**40))], "leaves its storage"),
+        ([tensor(0, (2**44,), (0,))], "repeat its numbers to more than 1073"),
+        ([tensor(0, (2**44, 2**44), (0, 0))], "not a whole .pth file"),
         ([tensor(0, (2,), (-1,))], "a tensor of size"),
         ([tensor(-1, (2,), (1,))], "a tensor of size"),
         ([tensor(0, (2,), (1, 1))], "a tensor of size"),
@@ -229,7 +231,10 @@ def test_broken_zip_files(tmp_path):
     with pytest.raises(ArgumentError, match="high byte first"):
         read(tmp_path / "c.pth")
     (tmp_path / "d.pth").write_bytes(pickle.dumps([1, 2]) * 9)
-    with pytest.raises(ArgumentError, match="neither a zip file nor torch's older format"):
+    with pytest.raises(ArgumentError, match="it is not a torch file"):
+        read(tmp_path / "d.pth")
+    (tmp_path / "d.pth").write_bytes(b"hello world")
+    with pytest.raises(ArgumentError, match=r"'d\.pth' cannot be read: it is not a torch file, or its end is missing"):
         read(tmp_path / "d.pth")
 
 
@@ -238,6 +243,16 @@ def legacy_bytes(claimed=6):
     head = b"".join(pickle.dumps(part, 2) for part in parts)
     body = b"\x80\x02}" + text("w") + tensor(0, (6,), (1,), count=claimed) + b"s."
     return head + body + pickle.dumps(["0"], 2) + struct.pack("<q", 6) + SIX.tobytes()
+
+
+def test_one_tensor_many_times(tmp_path):
+    """References take no room in the file, and all of it when they are copied."""
+    wide = tensor(0, (2**24,), (0,)) + b"q\x00"
+    program(b"]", b"(" + wide + b"h\x00" * 14 + b"e", path=tmp_path / "net.pth", tensors=[SIX])
+    assert [value.shape for value in read(tmp_path / "net.pth")] == [(2**24,)] * 15
+    program(b"]", b"(" + wide + b"h\x00" * 16 + b"e", path=tmp_path / "net.pth", tensors=[SIX])
+    with pytest.raises(ArgumentError, match="repeat its numbers to more than"):
+        read(tmp_path / "net.pth")
 
 
 def test_legacy_files(tmp_path):
@@ -354,3 +369,18 @@ def test_import_file(tmp_path):
     same(back, source | {"features.1.num_batches_tracked": np.array(0)})  # which Flax does not keep
     with pytest.raises(ArgumentError, match=r"jaxnorm\.tools\.import_file: embedding='table' matches no layer"):
         run(tmp_path / "other.npz", embedding="table")
+
+
+def test_import_of_a_training_checkpoint(tmp_path):
+    """Adam's moments have the names and shapes of parameters, and are none."""
+    from flax import serialization
+
+    norm = {name: np.full(3, i, np.float32) for i, name in enumerate(("weight", "bias", "running_mean", "running_var"))}
+    saved = {"model": {"bn": norm}, "optimizer": {"state": {"0": {"exp_avg": norm["bias"], "weight": norm["bias"]}}}}
+    (tmp_path / "net.msgpack").write_bytes(serialization.msgpack_serialize(saved))
+    report = jn.tools.import_file(tmp_path / "net.msgpack", tmp_path / "out.npz")
+    assert report.title == "1 layer of torch into flax, 1 norm, of 'model', without 'optimizer'"
+    same(read(tmp_path / "out.npz"), {
+        "params.bn.scale": norm["weight"], "params.bn.bias": norm["bias"],
+        "batch_stats.bn.mean": norm["running_mean"], "batch_stats.bn.var": norm["running_var"],
+    })  # fmt: skip

@@ -196,6 +196,11 @@ def test_jaxnorm_family(case):
         {"bias": ONE},
         {"opt_state": {"bn": {"scale": ONE}}},
         {"train": {"opt_state": [{"bn": {"scale": ONE}}]}},
+        {"optimizer": {"bn": {"scale": ONE}}},
+        {"optimizer_state": {"bn": {"scale": ONE}}},
+        {"optimizer_state_dict": {"state": [{"scale": ONE}]}},
+        {"optimizer_states": [{"state": {"bn": {"scale": ONE}}}]},
+        {"optimizer.bn.scale": ONE},
         {"mean": ONE},
         {"scale": 3.0},
         {},
@@ -204,7 +209,12 @@ def test_jaxnorm_family(case):
     ids=lambda tree: " ".join(tree) if isinstance(tree, dict) else "array",
 )  # fmt: skip
 def test_no_norm(tree):
-    assert jn.tools.find_norms({"layer": tree} if isinstance(tree, dict) and "opt_state" not in tree else tree) == ()
+    whole = not isinstance(tree, dict) or any("opt" in name for name in tree)
+    assert jn.tools.find_norms(tree if whole else {"layer": tree}) == ()
+
+
+def test_a_layer_may_be_called_optimizer():
+    assert kinds({"params": {"optimizer": {"scale": ONE}}}) == {"optimizer": ("scale", "scale")}
 
 
 def test_what_lies_beside_a_scale_is_no_norms():
@@ -233,6 +243,8 @@ TREE = {f"block{i}": {"bn": {"scale": ONE, "mean": ONE, "var": ONE}, "ln": {"sca
         (["*2/bn", "*10/*"], ["block2/bn", "block10/bn", "block10/ln"]),
         (lambda norm: norm.kind == "batch", ["block1/bn", "block2/bn", "block10/bn"]),
         (lambda norm: False, []),
+        ("block1.*", ["block1/bn", "block1/ln"]),
+        ("*bn", ["block1/bn", "block2/bn", "block10/bn"]),
         ("block10/bn", ["block10/bn"]),
         (None, [f"block{i}/{norm}" for i in (1, 2, 10) for norm in ("bn", "ln")]),
     ],
@@ -250,6 +262,8 @@ def test_where_that_finds_nothing_is_an_error():
     )
     with pytest.raises(ValueError, match="where must be a pattern, several, or a function of NormLayer, got 3"):
         jn.tools.find_norms(TREE, [3])
+    with pytest.raises(ValueError, match="several, or a function of NormLayer, got 5"):
+        jn.tools.find_norms(TREE, 5)
 
 
 def test_put_and_get():

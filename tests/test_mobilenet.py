@@ -81,7 +81,7 @@ def test_another_epsilon_sees_other_things(logits):
 
 
 def test_the_small_variances(imported):
-    leaves = jax.tree_util.tree_leaves_with_path(imported.tree["batch_stats"])
+    leaves = jax.tree_util.tree_leaves_with_path(imported.variables["batch_stats"])
     var = np.concatenate([leaf for path, leaf in leaves if path[-1].key == "var"])
     assert (var.size, np.sum(var < 1e-3)) == (17056, 5527)
 
@@ -103,7 +103,7 @@ def test_back_to_torch(weights, imported):
     original = jn.tools.read(weights)
     blank = {name: np.zeros_like(value) for name, value in original.items()}
     back = {theirs: ours for ours, theirs in ((row["target"], row["source"]) for row in imported.report.rows)}
-    tree, report = jn.tools.convert(imported.tree, blank, names=back)
+    tree, report = jn.tools.convert(imported.variables, blank, names=back)
     assert report.settings == {"momentum": pytest.approx(0.01), "eps": 1e-5}  # Flax's, in torch's words
     for name, value in original.items():
         counter = name.endswith("num_batches_tracked")  # Flax has none: the template's stays

@@ -1,6 +1,5 @@
 """From one framework's tree to another's: parameters, statistics, and what the norms were told."""
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -60,7 +59,7 @@ class ConvertReport(Report):
 class Converted(NamedTuple):
     """The new tree, and the table of what was done."""
 
-    tree: Any
+    variables: Any
     report: ConvertReport
 
 
@@ -89,9 +88,13 @@ def convert(
     | unbiased | | torch True, all others False |
     | debias | Equinox's mode "batch" | Haiku True, all others False |
 
+    An nnx module says all four of its norms. The row of a norm says in `changes` where the target goes on otherwise:
+    where its framework has no choice, and where the target is a model whose norm says something else.
+
     Args:
         source: a file (see `read`), a tree (state_dict, linen variables, nnx.State, Haiku's (params, state), a dict of
-            Keras's names), or a model: torch's, Keras's, nnx's, or Equinox's (model, state).
+            Keras's names), or a model: torch's, Keras's, nnx's, or Equinox's (model, state). Of a training checkpoint
+            what lies in `state_dict`, `model_state_dict` or `model`, without the optimizer's (see `find_norms`).
         target: the tree that is wanted, filled with anything: what init returned or `jax.eval_shape` of it, nnx.State,
             a state_dict, and all that a source can be in memory. Its leaves may be ShapeDtypeStructs.
         names: the source's layer for one of the target's: a mapping as {"block_{}/bn": "blocks.{}.1"}, of layers or of
@@ -100,15 +103,15 @@ def convert(
             out, and where no pattern fits, names are equal; `.` and `/` are one.
         where: the layers of the target that are converted: a pattern on the path, several, or a function of a layer.
         framework, target_framework: "flax", "torch", "keras", "haiku", "equinox" or "onnx", where names do not tell.
-        settings: momentum, epsilon, unbiased or debias of the batch norms (epsilon of all norms where there are none),
-            where the source does not say them or they shall be others.
-        transposed: patterns on the target's path: kernels of transposed convolutions, where no model or file says it.
+        settings: momentum, unbiased or debias of all batch norms and epsilon of all norms, whatever the source says.
+        transposed: patterns on the target's path, as for `where`: kernels of transposed convolutions, where no model or
+            file says it.
         scale_offset: added to the scale of norms that have only one, when the source stores scale - 1.
         strict: False lists what does not fit in the report, and leaves the target's own value there.
 
     Returns:
-        Converted: `tree`, as target, and `report`, which prints as a table and has `settings`: the arguments for the
-        target's batch norms.
+        Converted: `variables`, as target, and `report`, which prints as a table and has `settings`: the arguments for
+        the target's batch norms.
 
     Raises:
         ArgumentError: lists by name what is missing, left over or of another shape; when it cannot be told whose a
@@ -119,8 +122,8 @@ def convert(
         >>> names = ("weight", "bias", "running_mean", "running_var")
         >>> state_dict = {f"bn.{name}": np.full(2, i) for i, name in enumerate(names)}
         >>> blank = {"bn": {"scale": np.ones(2), "bias": np.ones(2)}}, {"bn": {"mean": np.ones(2), "var": np.ones(2)}}
-        >>> tree, report = jn.tools.convert(state_dict, dict(zip(("params", "batch_stats"), blank)))
-        >>> tree["batch_stats"]["bn"]["var"].tolist(), report.settings["momentum"], report.settings["unbiased"]
+        >>> variables, report = jn.tools.convert(state_dict, dict(zip(("params", "batch_stats"), blank)))
+        >>> variables["batch_stats"]["bn"]["var"].tolist(), report.settings["momentum"], report.settings["unbiased"]
         ([3.0, 3.0], 0.9, True)
 
     Source: Flax 0.12, torch 2.13, Keras 3.15, Haiku 0.0.17, Equinox 0.13, ONNX 1.23.
@@ -128,8 +131,7 @@ def convert(
     Differs from: the frameworks' own loaders, which know one framework. Kernels behind a flattened picture are not
         reordered: torch flattens channels first.
     """
-    given = dict(settings or {})
-    words.check(given)
+    given = words.check(settings)
     src = take_apart(source, framework)
     tgt = take_apart(target, target_framework, role="target")
     pairs = paired(tgt, src, names)
@@ -164,7 +166,7 @@ def convert(
         raise ArgumentError(_listed(bad, src, tgt))
     counts = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((len(rows), "layer"), (len(known), "norm"))]
     title = f"{counts[0]} of {src.framework} into {tgt.framework}, {counts[1]}"
-    title += f", {len(bad)} with a problem" if bad else ""
+    title += src.note + (f", {len(bad)} with a problem" if bad else "")
     columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
     return Converted(tgt.rebuild(values), ConvertReport(title, columns, rows, known, src.framework, tgt.framework))
 
@@ -174,14 +176,13 @@ class _Job:
 
     def __init__(self, src: Model, tgt: Model, layer: Layer, other: Layer, given: dict, offset: float, flip: bool):
         self.src, self.tgt, self.layer, self.other, self.offset = src, tgt, layer, other, offset
-        said = src.settings.get(other.path, {})
-        if other.kind != "batch" and any(one.kind == "batch" for one in src.layers.values()):
-            given = {}  # it is of the batch norms
-        self.flip = flip or "transposed" in said or "transposed" in tgt.settings.get(layer.path, {})
+        said, told = src.settings.get(other.path, {}), tgt.settings.get(layer.path, {})
+        self.flip = flip or "transposed" in said or "transposed" in told
         self.settings, self.whence = words.settled(src.framework, other.kind, said, given)
         self.known = "momentum" in {**said, **given}  # and not only the default
-        self.changes: list[str] = []
+        self.changes = words.lost(tgt.framework, self.settings, told) if layer.norm else []
         self.problems: list[str] = []
+        self.instance = layer.kind == "batch" and src.framework != tgt.framework and "instance" in {**said, **told}
         if src.framework == "haiku" != tgt.framework and other.kind == "batch" and "momentum" not in self.settings:
             raise ArgumentError(
                 f"{other.path!r} is a Haiku batch norm, whose decay_rate is not in its state: give "
@@ -190,6 +191,12 @@ class _Job:
 
     def run(self) -> dict[str, np.ndarray]:
         """The values that fit, by variable."""
+        if self.instance:
+            self.problems.append(
+                "torch's InstanceNorm with running statistics trains on each example's own, and a batch norm does not. "
+                "Give its state_dict() where it is for evaluation alone"
+            )
+            return {}
         out = {}
         for name, leaf in self.layer.leaves.items():
             found = self._averages(name, leaf) if name in COUNTERS else self._found(name)
@@ -288,23 +295,24 @@ class _Job:
         if lost:
             self.problems.append(f"{name}: {value.dtype} numbers that {dtype} cannot hold")
             return None
+        for count, what in (
+            (np.count_nonzero(~np.isfinite(cast)), "not finite"),
+            (np.count_nonzero(cast < 0) if name == "var" else 0, "negative"),
+            (np.count_nonzero((cast == 0) & (value != 0)), f"too small for {dtype} and now 0"),
+        ):
+            self.changes += [f"{name}: {count} of {value.size} {what}"] if count else []
         return cast
 
 
 def chosen_of(model: Model, where: Where) -> list[Layer]:
     """The layers that `where` asks for."""
-    return list(choose(NormTable(model.layers.values()), where))  # type: ignore[arg-type]
+    return list(choose(NormTable(model.layers.values()), where, what="layer"))  # type: ignore[arg-type]
 
 
 def matching(argument: str, patterns: str | Sequence[str], model: Model) -> set[str]:
     """The layers that the patterns name: each must name one."""
-    out: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = set(fnmatch.filter(model.layers, pattern.replace(".", "/")))
-        if not found:
-            raise ArgumentError(f"{argument}={pattern!r} matches no layer.{nearest(pattern, model.layers)}")
-        out |= found
-    return out
+    layers = NormTable(model.layers.values())  # type: ignore[arg-type]
+    return set(choose(layers, patterns or (), argument=argument, what="layer").paths)
 
 
 def _shape(layer: Layer, name: str) -> str:

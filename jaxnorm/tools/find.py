@@ -13,7 +13,7 @@ all "scale and bias". `where` chooses among them.
 
 import fnmatch
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ STANDARD = {
 OWN = {"scale", "gamma", "query_scale", "key_scale", "mean_logits"}
 NEVER = {"kernel", "embedding", "w"}
 COLLECTIONS = {"params", "batch_stats", "state", "trainable_variables", "non_trainable_variables"}
+# What a checkpoint calls the optimizer's part, whose moments have the names and shapes of parameters.
+OPTIMIZERS = {"opt_state", "optimizer", "optimizer_state", "optimizer_states", "optimizer_state_dict"}
 # Trained beside scale and bias, by norms of jaxnorm. What else lies beside a scale is no norm's.
 MORE = {
     "alpha", "shift", "threshold", "v", "channel_scale", "channel_bias", "query_scale", "key_scale", "mean_logits",
@@ -105,8 +107,10 @@ def find_norms(tree: Any, where: Where = None) -> NormTable:
     Args:
         tree: linen variables or params, nnx.State or module, a torch state_dict, Haiku's (params, state), Keras'
             variables by path, Equinox's modules, or nested dicts and lists. A tuple is parts of one model, parameters
-            and state, whose layers have the same names. An optimizer's state (`opt_state`) is passed over.
-        where: which of them: a glob pattern on the path or several ("block*/bn"), or a function of NormLayer.
+            and state, whose layers have the same names. An optimizer's state is passed over: `opt_state` anywhere,
+            `optimizer`, `optimizer_state`, `optimizer_states` or `optimizer_state_dict` at the root.
+        where: which of them: a glob pattern on the whole path or several ("block*/bn"), or a function of NormLayer. `*`
+            stands for any text, slashes included; `.` and `/` are one.
 
     Returns:
         NormTable: a tuple of NormLayer that prints as a table.
@@ -138,7 +142,7 @@ def find_norms(tree: Any, where: Where = None) -> NormTable:
     """
     groups: dict[tuple[str, ...], dict[str, tuple[KeyPath, Any]]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if not path or not hasattr(leaf, "shape") or "opt_state" in map(word, path):
+        if not path or not hasattr(leaf, "shape") or optimizer_of(path):
             continue
         layer, name = place(path)
         if isinstance(tree, list):  # of layers, where a tuple is parts of one model
@@ -152,22 +156,35 @@ def find_norms(tree: Any, where: Where = None) -> NormTable:
     return choose(NormTable(sorted(found, key=lambda layer: natural(layer.path))), where)
 
 
-def choose(norms: NormTable, where: Where) -> NormTable:
-    """Those that `where` asks for."""
+def choose(norms: NormTable, where: Where, *, argument: str = "where", what: str = "norm") -> NormTable:
+    """Those that `where` asks for. A message calls it `argument`, and them `what`."""
     if where is None:
         return norms
     if callable(where):
         return NormTable(layer for layer in norms if where(layer))
-    patterns = [where] if isinstance(where, str) else list(where)
+    patterns = list(where) if isinstance(where, Iterable) and not isinstance(where, str) else [where]
+    found: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise ArgumentError(f"where must be a pattern, several, or a function of NormLayer, got {pattern!r}.")
-        if not any(fnmatch.fnmatchcase(path, pattern) for path in norms.paths):
-            known = ", ".join(norms.paths[:8]) + (", ..." if len(norms) > 8 else "")
+            raise ArgumentError(f"{argument} must be a pattern, several, or a function of NormLayer, got {pattern!r}.")
+        slashes = pattern.replace(".", "/")
+        fit = {path for path in norms.paths if fnmatch.fnmatchcase(path, slashes)}
+        if not fit:
+            known = ", ".join(norms.paths[:8]) + (", ..." if len(norms) > 8 else "") or "none"
             raise ArgumentError(
-                f"where={pattern!r} matches no norm.{nearest(pattern, norms.paths)} There are: {known or 'none'}."
+                f"{argument}={pattern!r} matches no {what}.{nearest(slashes, norms.paths)} There are: {known}."
             )
-    return NormTable(layer for layer in norms if any(fnmatch.fnmatchcase(layer.path, p) for p in patterns))
+        found |= fit
+    return NormTable(layer for layer in norms if layer.path in found)
+
+
+def optimizer_of(path: KeyPath) -> str | None:
+    """The name of the optimizer's part of a checkpoint, where a variable lies in it."""
+    words = [part for key in path for part in re.split(r"[./]", word(key))]
+    if "opt_state" in words:
+        return "opt_state"
+    first = words[isinstance(path[0], jax.tree_util.SequenceKey) and len(words) > 1]
+    return first if first in OPTIMIZERS else None
 
 
 def place(path: KeyPath) -> tuple[tuple[str, ...], str]:

@@ -39,8 +39,8 @@ def import_file(
         to: "flax" (params and batch_stats, nested) or "torch" (a state_dict).
         where: the layers that are converted: a pattern on the path, several, or a function of a layer.
         framework: of the source, where its names do not tell.
-        embedding: patterns on the path: weights of two axes that are tables and stay as they are. A file does not tell
-            them from kernels, and all others are transposed.
+        embedding: patterns as for `where`: weights of two axes that are tables and stay as they are. A file does not
+            tell them from kernels, and all others are transposed.
         transposed, settings: see `convert`. momentum=None or debias=True keeps the count of updates.
 
     Returns:
@@ -64,13 +64,13 @@ def import_file(
     """
     if to not in ("flax", "torch"):
         raise ArgumentError(f'to is "flax" or "torch", got {to!r}.')
-    words.check(settings or {})
+    given = words.check(settings)
     model = take_apart(source, framework)
     chosen = chosen_of(model, where)
     tables, flipped = matching("embedding", embedding, model), matching("transposed", transposed, model)
     blank: dict[str, Any] = {}
     for layer in chosen:
-        said, _ = words.settled(model.framework, layer.kind, model.settings.get(layer.path, {}), settings or {})
+        said, _ = words.settled(model.framework, layer.kind, model.settings.get(layer.path, {}), given)
         counts = layer.kind == "batch" and (to == "torch" or said["debias"] or said.get("momentum", 0) is None)
         leaves = _leaves(layer, model, to, layer.path in tables, layer.path in flipped)
         if counts:
@@ -79,7 +79,7 @@ def import_file(
             _set(blank, to, layer.path, name, leaf)
     paths = {layer.path for layer in chosen}
     tree, report = convert(
-        model, blank, target_framework=to, where=lambda layer: layer.path in paths, settings=settings,
+        model, blank, target_framework=to, where=lambda layer: layer.path in paths, settings=given,
         transposed=sorted(flipped & paths),
     )  # fmt: skip
     files.write(out, tree)

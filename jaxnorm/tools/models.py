@@ -13,7 +13,8 @@ from jaxnorm.errors import ArgumentError
 from jaxnorm.tools import files
 from jaxnorm.tools.files import Settings
 from jaxnorm.tools.files_keras import keras_settings
-from jaxnorm.tools.find import find_norms, natural, place, put
+from jaxnorm.tools.find import OPTIMIZERS, find_norms, is_variable, natural, optimizer_of, place, put
+from jaxnorm.tools.settings import WORDS
 
 FRAMEWORKS = ("flax", "torch", "keras", "haiku", "equinox", "onnx")
 # The names that tell whose a tree is, after find.place, and those that a framework shares with Flax.
@@ -26,6 +27,7 @@ SIGNS = {
 SHARED = {"keras": {"kernel", "scale"}, "haiku": {"scale", "mean", "var", "num_updates", "embeddings"}, "torch": set()}
 KERNELS = {"weight": "kernel", "w": "kernel", "kernel": "kernel", "b": "bias"}
 KERNELS |= {"embeddings": "embedding", "depthwise_kernel": "kernel"}
+INSIDE = ("state_dict", "model_state_dict", "model")  # where a training checkpoint keeps its model
 # An average from zero that is divided by 1 - momentum^t: what a source without t continues as. 0.999999^t is 0.
 MANY = 2**30
 
@@ -55,13 +57,16 @@ class Layer:
 class Model:
     """Layers by path, what they say of themselves, and how to make the whole of new values.
 
-    settings: by path: momentum, epsilon, unbiased and debias of a norm, and whether a kernel is of a transposed Conv.
+    settings: by path: momentum, epsilon, unbiased and debias of a norm, and whether it is torch's InstanceNorm, and
+        whether a kernel is of a transposed Conv.
+    note: what of the whole is not the model.
     """
 
     framework: str
     layers: dict[str, Layer]
     settings: Settings = field(default_factory=dict)
     rebuild: Callable[[Mapping[tuple[str, str], np.ndarray]], Any] = lambda _: None
+    note: str = ""
 
 
 def take_apart(thing: Any, framework: str | None = None, *, role: str = "source") -> Model:
@@ -82,24 +87,34 @@ def take_apart(thing: Any, framework: str | None = None, *, role: str = "source"
     parts = thing if isinstance(thing, tuple) else (thing,)
     if any(base.__module__.startswith("equinox.") for base in type(parts[0]).__mro__):
         return _of_equinox(parts, role)
+    if "flax" in home and isinstance(thing, import_module("flax.nnx").Module):
+        settings = _nnx_settings(thing)
     return _of_tree(thing, framework, settings, role)
 
 
 def _of_tree(tree: Any, framework: str | None, settings: Settings, role: str) -> Model:
+    passed = {optimizer_of(path): None for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0] if path}
+    inside = _inside(tree) if role == "source" else None
+    note = ""
+    if inside:
+        passed |= {key: None for key, part in tree.items() if key != inside and _ranks(part)}
+        tree, note = tree[inside], f", of {inside!r}"
+    names = ", ".join(repr(name) for name in passed if name)
+    note += f", without {names}" if names else ""
     groups: dict[str, dict[str, tuple[Any, Any]]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if path and hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
             words, name = place(path)
             if isinstance(tree, list):
                 words = (str(path[0].idx), *words)
-            if "opt_state" not in words:
+            if not optimizer_of(path):
                 groups.setdefault("/".join(words), {})[name] = path, leaf
     groups = {
         path: group for path, group in groups.items()
         if not any("key<" in str(leaf.dtype) for _, leaf in group.values())  # nnx keeps its random streams in the state
     }  # fmt: skip
     if not groups:
-        raise ArgumentError(f"the {role} holds no arrays: {type(tree).__name__}.")
+        raise ArgumentError(f"the {role} holds no arrays: {type(tree).__name__}{note}.")
     framework = framework or recognised({name: f"{path}/{name}" for path, g in groups.items() for name in g}, role)
     norms = {norm.path: norm for norm in find_norms(tree)}
     layers, keys = {}, {}
@@ -126,7 +141,24 @@ def _of_tree(tree: Any, framework: str | None, settings: Settings, role: str) ->
         layers = {path: layers[path] for path in first if path in layers}
     else:
         layers = {path: layers[path] for path in sorted(layers, key=natural)}
-    return Model(framework, layers, settings, rebuild)
+    return Model(framework, layers, settings, rebuild, note)
+
+
+def _inside(tree: Any) -> str | None:
+    """Under which name a checkpoint has its model, beside an optimizer's state and numbers such as the epoch."""
+    for name in INSIDE:
+        if isinstance(tree, Mapping) and isinstance(tree.get(name), Mapping):
+            ranks = _ranks({key: part for key, part in tree.items() if key != name and key not in OPTIMIZERS})
+            # "model" may be a layer's name too, and a scalar beside it a parameter
+            sure = name != "model" or tree.keys() & OPTIMIZERS or (len(tree) > 1 and not ranks)
+            if sure and not any(ranks):
+                return name
+    return None
+
+
+def _ranks(tree: Any) -> list[int]:
+    """Of the arrays in a tree."""
+    return [leaf.ndim for leaf in jax.tree.leaves(tree) if hasattr(leaf, "ndim")]
 
 
 def recognised(names: Mapping[str, str], role: str) -> str:
@@ -177,6 +209,28 @@ def _torch_settings(module: Any) -> Settings:
             said |= {"momentum": kept, "unbiased": True, "debias": False}
         if isinstance(layer, torch.nn.modules.conv._ConvTransposeNd):
             said["transposed"] = True
+        if isinstance(layer, torch.nn.modules.instancenorm._InstanceNorm):
+            said["instance"] = True
+    return out
+
+
+def _nnx_settings(module: Any) -> Settings:
+    """What the modules that hold an nnx model's variables say of themselves. A shared one lies at several paths."""
+    out: Settings = {}
+    for path, _ in jax.tree_util.tree_flatten_with_path(module)[0]:
+        layer = module
+        for key in path:
+            at = getattr(key, "name", None)
+            part = getattr(layer, at) if at else layer[key.idx if hasattr(key, "idx") else key.key]
+            if is_variable(part):
+                break
+            layer = part
+        said = {word: getattr(layer, word) for word in WORDS if hasattr(layer, word)}
+        if "momentum" in said:
+            said = {"unbiased": False, "debias": False, **said}
+        if type(layer).__name__ == "ConvTranspose":
+            said["transposed"] = True
+        out["/".join(place(path)[0])] = said
     return out
 
 

@@ -13,13 +13,13 @@ def paired(target: Model, source: Model, names: Names) -> dict[str, str | None]:
     """For every layer of the target the path of the source's, or None."""
     if names is None:
         return {path: path for path in target.layers}
-    if isinstance(names, str):
-        if names != "in order":
-            raise ArgumentError(f'names is a mapping, a function or "in order", got {names!r}.')
+    if isinstance(names, str) and names == "in order":
         return _in_order(target, source)
     if callable(names):
         found = {path: names(path) for path in target.layers}
         return {path: None if other is None else _slashes(other) for path, other in found.items()}
+    if not isinstance(names, Mapping):
+        raise ArgumentError(f'names is a mapping, a function or "in order", got {names!r}.')
     patterns = [_Pattern(head, other) for head, other in names.items()]
     out: dict[str, str | None] = {}
     for path in target.layers:

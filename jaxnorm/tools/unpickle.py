@@ -21,6 +21,8 @@ from jaxnorm.errors import ArgumentError
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of torch's format before 1.6
 MOST = 10**6  # a few lists that hold one another many times are more than a machine can hold
+# So are tensors that repeat few numbers: what all of them may be in bytes, and how many times the file.
+ROOM, TIMES = 2**30, 16
 DTYPES = {
     "FloatStorage": "float32", "DoubleStorage": "float64", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
@@ -34,10 +36,11 @@ DTYPES = {
 
 def torch_file(path: Path) -> Any:
     """What torch.save wrote: dicts and lists of NumPy arrays (read-only), numbers and text."""
+    room = ROOM + TIMES * path.stat().st_size
     if not zipfile.is_zipfile(path):
-        return _legacy(path)
+        return _plain(_legacy(path), room)
     with zipfile.ZipFile(path) as archive:
-        return _zipped(archive)
+        return _plain(_zipped(archive), room)
 
 
 def _zipped(archive: zipfile.ZipFile) -> Any:
@@ -55,7 +58,7 @@ def _zipped(archive: zipfile.ZipFile) -> Any:
             storages[key] = np.frombuffer(archive.read(f"{roots[0]}data/{key}"), np.uint8)
         return storages[key]
 
-    return _plain(_Unpickler(io.BytesIO(archive.read(f"{roots[0]}data.pkl")), storage).load())
+    return _Unpickler(io.BytesIO(archive.read(f"{roots[0]}data.pkl")), storage).load()
 
 
 def _legacy(path: Path) -> Any:
@@ -69,9 +72,10 @@ def _legacy(path: Path) -> Any:
         return storages.setdefault(key, (np.zeros(count * itemsize, np.uint8), count))[0]
 
     with path.open("rb") as file:
-        magic, _, system, result, keys = (_Unpickler(file, storage).load() for _ in range(5))
-        if magic != MAGIC:
-            raise ArgumentError("it is neither a zip file nor torch's older format.")
+        if MAGIC.to_bytes(10, "little") not in file.read(32):
+            raise ArgumentError("it is not a torch file, or its end is missing.")
+        file.seek(0)
+        _, _, system, result, keys = (_Unpickler(file, storage).load() for _ in range(5))
         _need_little(system["little_endian"])
         for key in keys:
             buffer, count = storages[key]
@@ -79,7 +83,7 @@ def _legacy(path: Path) -> Any:
                 raise ArgumentError(f"storage {key!r} is cut off, or not of the size that its tensors have.")
         if storages.keys() - set(keys):
             raise ArgumentError("it names storages that it does not hold.")
-    return _plain(result)
+    return result
 
 
 def _need_little(little: bool) -> None:
@@ -174,15 +178,18 @@ def _viewed(buffer: np.ndarray, name: str) -> np.ndarray:
     return buffer[: buffer.size // _dtype(name).itemsize * _dtype(name).itemsize].view(_dtype(name))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, room: int) -> Any:
     """Containers of ours: an OrderedDict may carry attributes that the file gave it."""
-    count = 0
+    count = size = 0
 
     def copy(value: Any) -> Any:
-        nonlocal count
+        nonlocal count, size
         count += 1
+        size += value.nbytes if isinstance(value, np.ndarray) else 0
         if count > MOST:
             raise ArgumentError(f"it holds more than {MOST} things.")
+        if size > room:
+            raise ArgumentError(f"its tensors repeat its numbers to more than {room} bytes.")
         if isinstance(value, dict):
             return {key: copy(part) for key, part in dict.items(value)}
         return type(value)([copy(part) for part in value]) if type(value) in (list, tuple) else value
