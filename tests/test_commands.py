@@ -58,6 +58,42 @@ def test_import_takes_settings(source, tmp_path, capsys):
     assert row.split()[-6:-4] == ["0.97", "0.001"]
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # Keras's variables
+def test_import_epsilon_is_of_all_norms_whatever_the_file_says(tmp_path, capsys):
+    """A .keras file says its norms' epsilon; here its group norm is given another, too."""
+    pytest.importorskip("h5py", reason="needs h5py")
+    import os
+
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras", reason="keras is not installed")
+    layers = [keras.layers.BatchNormalization(name="bn"), keras.layers.GroupNormalization(2, name="gn")]
+    keras.Sequential([keras.Input((4,)), *layers]).save(tmp_path / "net.keras")
+    for more, epsilon in (([], "0.001"), (["--epsilon", "1e-4"], "0.0001")):
+        assert main(["import", str(tmp_path / "net.keras"), str(tmp_path / "net.npz"), *more]) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [epsilon in row for row in rows if row[0] in ("bn", "gn")] == [True, True]
+
+
+def test_import_says_whose_a_file_is(source, tmp_path, capsys):
+    from jaxnorm.lab import importing
+    from jaxnorm.tools.models import FRAMEWORKS
+
+    assert importing.FRAMEWORKS == FRAMEWORKS
+    one = np.ones(3, np.float32)
+    jn.tools.write(tmp_path / "none.npz", {"a.foo": one})
+    out = tmp_path / "out.npz"
+    said = fails(capsys, "import", tmp_path / "none.npz", out)
+    assert "Give --from, one of flax, torch, keras, haiku, equinox, onnx." in said
+    assert main(["import", str(tmp_path / "none.npz"), str(out), "--from", "torch"]) == 0
+    assert "1 layer of torch into flax" in capsys.readouterr().out
+    assert "argument --from: 'jax' is not" in fails(capsys, "import", source, out, "--from", "jax")
+    ema = {"average": one, "hidden": one, "counter": np.array(3)}
+    haiku = {"params": {"bn": {"scale": one, "offset": one}}, "state": {f"bn/~/{n}_ema": ema for n in ("mean", "var")}}
+    jn.tools.write(tmp_path / "haiku.msgpack", haiku)
+    assert "give --momentum DECAY_RATE." in fails(capsys, "import", tmp_path / "haiku.msgpack", out)
+    assert main(["import", str(tmp_path / "haiku.msgpack"), str(out), "--momentum", "0.9"]) == 0
+
+
 def test_fold(source, tmp_path, capsys):
     out = tmp_path / "folded.safetensors"
     pytest.importorskip("safetensors", reason="needs safetensors")
@@ -70,10 +106,56 @@ def test_fold(source, tmp_path, capsys):
     np.testing.assert_allclose(got["0.conv.bias"], NORM["bias"] - NORM["running_mean"] * scale, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # Keras's variables
+def test_fold_takes_what_a_keras_file_says(tmp_path, capsys):
+    """Epsilon of each norm, and along which axis of a square kernel the outputs of a transposed convolution lie."""
+    pytest.importorskip("h5py", reason="needs h5py")
+    import os
+
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras", reason="keras is not installed")
+    layers = keras.layers
+
+    def net(*norms):
+        up, conv = layers.Conv2DTranspose(4, 2, name="up"), layers.Conv2D(4, 2, name="conv")
+        return keras.Sequential([keras.Input((3, 3, 4)), up, *norms[:1], conv, *norms[1:]])
+
+    model = net(layers.BatchNormalization(epsilon=0.5, name="a"), layers.BatchNormalization(name="b"))
+    for weight in model.weights:
+        weight.assign(RNG.uniform(0.3, 2, weight.shape))
+    model.save(tmp_path / "net.keras")
+    command = ["fold", str(tmp_path / "net.keras"), str(tmp_path / "out.npz"), "--pair", "a=up", "--pair", "b=conv"]
+    assert main(command) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[3:] for row in rows if row[0] in ("a", "b")] == [["0.5", "the", "file"], ["0.001", "the", "file"]]
+    got = jn.tools.read(tmp_path / "out.npz")
+    without = net()
+    without.set_weights([got[f"{name}/{which}"] for name in ("up", "conv") for which in ("kernel", "bias")])
+    x = RNG.normal(size=(2, 3, 3, 4)).astype(np.float32)
+    np.testing.assert_allclose(np.asarray(without(x)), np.asarray(model(x)), rtol=1e-4)
+    main([*command, "--epsilon", "0.25"])
+    assert capsys.readouterr().out.count("0.25     --epsilon") == 2
+
+
+def test_fold_says_whence_epsilon_is_and_what_it_cannot_see(tmp_path, capsys):
+    square = {"0.conv.weight": np.ones((3, 3, 2, 2), np.float32)}
+    jn.tools.write(tmp_path / "net.npz", TORCH | square)
+    main(["fold", str(tmp_path / "net.npz"), str(tmp_path / "out.npz"), "--pair", "0.bn=0.conv"])
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("0/bn"))
+    said = "as many inputs as outputs: a transposed convolution would need --out-axis"
+    assert row.split(None, 3)[3].split() == ["1e-05", "default", "of", "torch", *said.split()]
+    jn.tools.write(tmp_path / "net.npz", TORCH | {"0.conv.kernel": np.ones((2, 3), np.float32)})
+    said = fails(capsys, "fold", tmp_path / "net.npz", tmp_path / "out.npz", "--pair", "0.bn=0.conv")
+    assert "do not tell whose the norms are, and so what epsilon is: say --epsilon." in said
+
+
 def test_what_is_wrong_is_said_in_one_line(source, tmp_path, capsys):
     out = tmp_path / "out.npz"
     assert "there is no file" in fails(capsys, "import", tmp_path / "none.npz", out)
-    assert "'no' matches no" in fails(capsys, "import", source, out, "--where", "no")
+    assert "error: --where 'no' matches no layer" in fails(capsys, "import", source, out, "--where", "no")
+    assert "--embedding 'no' matches no layer" in fails(capsys, "import", source, out, "--embedding", "no")
+    assert "epsilon must be a number, not negative, got -5.0" in fails(capsys, "import", source, out, "--epsilon", "-5")
+    assert "0 to 1, or None, got 2.0" in fails(capsys, "import", source, out, "--momentum", "2")
     assert "suffixes that can be written" in fails(capsys, "import", source, tmp_path / "out.txt")
     assert "argument --to" in fails(capsys, "import", source, out, "--to", "jax")
     assert "must be NORM=LAYER" in fails(capsys, "fold", source, out, "--pair", "bn")

@@ -317,7 +317,7 @@ def bn(p, x):
     return (x - mean) * jax.lax.rsqrt(var + 1e-5) * scale + bias
 
 
-def conv(kernel, x, padding="VALID", **more):
+def conv(kernel, x, padding: str | list[tuple[int, int]] = "VALID", **more):
     return jax.lax.conv_general_dilated(x, kernel, (1,), padding, dimension_numbers=("NWC", "WIO", "NWC"), **more)
 
 
@@ -345,7 +345,115 @@ def own_bias_late(p, x):
     return jnp.exp(bn(p["bn"], conv(p["conv"]["kernel"], x)) + p["conv"]["bias"].reshape(1, 1, 3))
 
 
+def cast(z, dtype):
+    return z.astype(dtype).astype(jnp.float32)
+
+
+def after(kernel, x, p):
+    return conv(kernel, bn(p["bn"], jnp.sin(x)))
+
+
+def with_penalty(p, x):
+    return jnp.sin(bn(p["bn"], conv(p["conv"]["kernel"], x))), jnp.sum(p["bn"]["scale"] ** 2)
+
+
+def through_a_ref(p, x):
+    y = conv(p["conv"]["kernel"], x)
+    ref = jax.new_ref(jnp.zeros(y.shape))
+    ref[...] = y
+    return jnp.sin(bn(p["bn"], y)) + ref[...]
+
+
+def around_a_ref(p, x):
+    ref = jax.new_ref(jnp.zeros((3, 3, 3)))
+    ref[...] = conv(p["conv"]["kernel"], x)
+    return jnp.sin(bn(p["bn"], ref[...]))
+
+
+ROUNDS = "its input is the output of `convert_element_type`"
+COMPUTED = "its input is the output of `conv_general_dilated`, whose kernel is computed, by `"
+TURNED = "whose kernel `conv` is reshaped across its axes, or reversed"
 REFUSED = {
+    "integers between": (lambda p, x: jnp.sin(bn(p["bn"], cast(conv(p["conv"]["kernel"], x), jnp.int32))), ROUNDS),
+    "booleans between": (lambda p, x: jnp.sin(bn(p["bn"], cast(conv(p["conv"]["kernel"], x), bool))), ROUNDS),
+    "float8 between": (
+        lambda p, x: jnp.sin(bn(p["bn"], cast(conv(p["conv"]["kernel"], x), jnp.float8_e5m2))),
+        ROUNDS,
+    ),
+    "integers after": (
+        lambda p, x: conv(p["conv"]["kernel"], cast(bn(p["bn"], jnp.sin(x)), jnp.int32)),
+        "its output goes to `convert_element_type`: no Dense, no Conv",
+    ),
+    "less precision between": (
+        lambda p, x: jnp.sin(bn(p["bn"], jax.lax.reduce_precision(conv(p["conv"]["kernel"], x), 5, 2))),
+        "its input is the output of `reduce_precision`",
+    ),
+    "integers in the norm": (
+        lambda p, x: jnp.sin(
+            cast(conv(p["conv"]["kernel"], x) - p["bn"]["mean"].reshape(1, 1, 3), jnp.int32)
+            * jax.lax.rsqrt(p["bn"]["var"]).reshape(1, 1, 3)
+        ),
+        "it is used more than once, with `convert_element_type` between",
+    ),
+    "integer kernel": (
+        lambda p, x: jnp.sin(bn(p["bn"], conv(cast(p["conv"]["kernel"], jnp.int8), x))),
+        COMPUTED + "convert_element_type`",
+    ),
+    "kernel of less precision": (
+        lambda p, x: jnp.sin(bn(p["bn"], conv(jax.lax.reduce_precision(p["conv"]["kernel"], 5, 2), x))),
+        COMPUTED + "reduce_precision`",
+    ),
+    "outputs reversed": (lambda p, x: jnp.sin(bn(p["bn"], conv(p["conv"]["kernel"][..., ::-1], x))), TURNED),
+    "outputs flipped": (lambda p, x: jnp.sin(bn(p["bn"], conv(jnp.flip(p["conv"]["kernel"], 2), x))), TURNED),
+    "inputs reversed": (lambda p, x: after(p["conv"]["kernel"][:, ::-1], x, p), TURNED),
+    "channels reversed": (
+        lambda p, x: jnp.sin(bn(p["bn"], conv(p["conv"]["kernel"], x)[..., ::-1])),
+        "`rev` reorders its channels, or mixes them with other axes",
+    ),
+    "bias reversed": (
+        lambda p, x: jnp.sin(bn(p["bn"], conv(p["conv"]["kernel"], x) + p["conv"]["bias"][::-1].reshape(1, 1, 3))),
+        "between `conv` and it stands `add`",
+    ),
+    "two biases": (
+        lambda p, x: jnp.sin(
+            bn(p["bn"], conv(p["conv"]["kernel"], x) + sum(p["conv"][k].reshape(1, 1, 3) for k in ("bias", "offset")))
+        ),
+        "between `conv` and it stands `add`",
+    ),
+    "two biases, one by one": (
+        lambda p, x: jnp.sin(
+            bn(
+                p["bn"],
+                (conv(p["conv"]["kernel"], x) + p["conv"]["bias"].reshape(1, 1, 3))
+                + p["conv"]["offset"].reshape(1, 1, 3),
+            )
+        ),
+        "between `conv` and it stands `add`",
+    ),
+    "box kernel": (
+        lambda p, x: after(jnp.broadcast_to(p["conv"]["kernel"][None], (2, 2, 3, 3)).reshape(4, 3, 3), x, p),
+        "whose kernel `conv` is broadcast",
+    ),
+    "kernel that a reshape transposes": (
+        lambda p, x: after(jax.lax.reshape(p["conv"]["kernel"], (2, 3, 3), (0, 2, 1)), x, p),
+        TURNED,
+    ),
+    "batch groups": (
+        lambda p, x: jnp.sin(bn(p["bn"], conv(p["conv"]["kernel"], x, batch_group_count=3))),
+        "its input is the output of `conv_general_dilated` of a kernel with a kernel",
+    ),
+    "penalty on the norm": (with_penalty, "the model also returns what `reduce_sum` makes of its variables"),
+    "mapped constant": (
+        lambda p, x: jnp.sin(
+            bn(
+                p["bn"] | {"scale": jax.shard_map(jnp.exp, mesh=MESH, in_specs=P(), out_specs=P())(p["bn"]["scale"])},
+                conv(p["conv"]["kernel"], x),
+            )
+        ),
+        "what `shard_map` makes of its variables cannot be computed alone",
+    ),
+    "kept in a Ref": (through_a_ref, "the output of `conv` is also one of the model"),
+    "read from a Ref": (around_a_ref, "its input is the output of `get`"),
     "activation": (
         lambda p, x: jnp.sin(bn(p["bn"], jax.nn.relu(conv(p["conv"]["kernel"], x)))),
         "its input is the output of `max` (in `relu`); its output goes to `sin`: no Dense, no Conv",
@@ -446,7 +554,7 @@ def test_refused(case):
         "other": normal(3),
     }
     if "bias" in case or case == "of another":
-        p["conv"]["bias"] = normal(3)
+        p["conv"] |= {"bias": normal(3), "offset": normal(3)}
     folded, report = fold(model, p, normal(3, 4, 3))
     assert report.title == "0 of 1 norms folded"
     assert message in report.rows[0]["why not"]
@@ -553,8 +661,49 @@ def test_scale_and_shift():
     assert (a.tolist(), b.tolist()) == ([1.0], [-2.0])
     with pytest.raises(ArgumentError, match="scale has shape"):
         scale_and_shift(stats, jnp.ones(3))
+    for wrong, message in (("x", "scale must be an array"), (jnp.ones(4, jnp.complex64), "scale is complex")):
+        with pytest.raises(ValueError, match=message):
+            scale_and_shift(stats, wrong)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="stats must be"):
         scale_and_shift({"mean": mean})  # type: ignore[arg-type]
+
+
+def test_flips_in_space_and_a_returned_state_do_not_matter():
+    class Model(nn.Module):
+        norm: bool = True
+
+        @nn.compact
+        def __call__(self, x):
+            kernel = self.param("kernel", nn.initializers.ones, (2, 3, 3))
+            x = conv(kernel[::-1], x)[:, ::-1]
+            x = x + self.param("bias", nn.initializers.ones, (3,)).reshape(1, 1, 3)
+            return nn.BatchNorm(use_running_average=True, name="bn")(x) if self.norm else x
+
+    x = normal(2, 5, 3)
+    variables = filled(Model().init(jax.random.key(0), x))
+    folded, report = fold(lambda v, x: Model().apply(v, x, mutable=["batch_stats"]), variables, x)
+    assert report.title == "1 of 1 norms folded"
+    close(Model(norm=False).apply(folded, x), Model().apply(variables, x))
+
+
+def test_constants_are_rounded_as_the_model_rounds_them():
+    """A scale held in few digits, a norm read through integers."""
+    p = {"bn": {"mean": normal(3), "var": jnp.abs(normal(3)) + 0.1, "scale": 3 * normal(3)}}
+    p["conv"] = {"kernel": normal(2, 3, 3)}
+
+    def model(p, x, norm=True):
+        x = conv(p["conv"]["kernel"], x)
+        x = x + p["conv"]["bias"].reshape(1, 1, 3) if "bias" in p["conv"] else x
+        if norm:
+            mean, var, scale = (p["bn"][k].reshape(1, 1, 3) for k in ("mean", "var", "scale"))
+            mean, scale = cast(4 * mean, jnp.int32) / 4, jax.lax.reduce_precision(cast(scale, jnp.float8_e5m2), 4, 1)
+            x = (x - jax.lax.optimization_barrier((var, mean))[1]) * jax.lax.rsqrt(var) * scale
+        return x
+
+    x = normal(2, 5, 3)
+    folded, report = fold(model, p, x)
+    assert report.title == "1 of 1 norms folded"
+    close(model(folded, x, norm=False), model(p, x))
 
 
 def test_wrong_arguments():
@@ -564,14 +713,20 @@ def test_wrong_arguments():
         fold(model.apply, {"params": variables["params"]}, x)
     with pytest.raises(ArgumentError, match="False is no array"):
         fold(model.apply, variables, x, False)
+    with pytest.raises(ArgumentError, match="apply must be a function"):
+        fold(3, variables, x)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="where chose none of the 1 norms, of which 1 are batch norms"):
+        fold(model.apply, variables, x, where=lambda norm: False)
     with pytest.raises(ArgumentError, match="rest must be"):
         fold(model.apply, variables, x, rest="drop")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="arrays with values"):
         jax.jit(lambda v: fold(model.apply, v, x).variables)(variables)
 
 
-def test_a_kernel_that_cannot_hold_it_is_refused():
-    p = {"bn": {"mean": jnp.zeros(2), "var": jnp.full(2, 1e-12)}, "fc": {"kernel": jnp.full((2, 2), 1e3, jnp.float16)}}
+@pytest.mark.parametrize("var", [1e-12, 1e24])
+def test_a_kernel_that_cannot_hold_it_is_refused(var):
+    """It would be 1e9 or 1e-9: infinite or 0."""
+    p = {"bn": {"mean": jnp.zeros(2), "var": jnp.full(2, var)}, "fc": {"kernel": jnp.full((2, 2), 1e3, jnp.float16)}}
 
     def model(p, x):
         y = (x @ p["fc"]["kernel"]).astype(jnp.float32)
@@ -658,8 +813,66 @@ def test_pairs_transposed_and_left_alone():
 def test_pairs_that_do_not_fit(pairs, message):
     with pytest.raises(ArgumentError, match=message):
         fold_pairs(torch_tree(), pairs)
-    with pytest.raises(ArgumentError, match="epsilon must be"):
-        fold_pairs(torch_tree(), pairs, epsilon=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"epsilon": -1.0}, "epsilon must be a number, not negative, got -1.0"),
+        ({"epsilon": float("inf")}, "epsilon must be a number, not negative, got inf"),
+        ({"epsilon": "x"}, "epsilon must be a number, not negative, got 'x'"),
+        ({"epsilon": {"blocks.0.bn": 1.0}}, "epsilon says none for 'blocks/1/bn'"),
+        ({"epsilon": {"blocks.0.nb": 1.0}}, "epsilon is given for 'blocks/0/nb', .* Did you mean 'blocks/0/bn'"),
+        ({"out_axis": "x"}, "out_axis must be an integer, got 'x'"),
+        ({"out_axis": {"blocks.0.cnov": 1}}, "out_axis is given for 'blocks/0/cnov', .* Did you mean 'blocks/0/conv'"),
+        ({"pairs": ["blocks/*/bn"]}, "pairs must be a mapping"),
+        ({"pairs": {"blocks/*/bn": 0}}, "pairs must be a mapping"),
+        ({"pairs": {"blocks/0/bn": "blocks/0/act"}}, r"its weight has shape \(3,\), and is no kernel"),
+        ({"pairs": {"blocks/0/bn": "blocks/0/int"}}, r"\['blocks.0.int.weight'\] holds int8"),
+        ({"tree": {"a": {"w": np.ones((2, 2)), "mean": np.ones(2), "moving_variance": np.ones(2)}}}, "say epsilon"),
+    ],
+)
+def test_pairs_with_wrong_arguments(more, message):
+    tree = torch_tree() | {"blocks.0.act.weight": np.ones(3), "blocks.0.int.weight": np.ones((3, 5), np.int8)}
+    with pytest.raises(ArgumentError, match=message):
+        fold_pairs(**({"tree": tree, "pairs": {"blocks/*/bn": "blocks/*/conv"}} | more))
+
+
+def test_pairs_with_an_epsilon_each():
+    """Given, or the framework's: Keras has 1e-3."""
+    tree = torch_tree()
+    folded, report = fold_pairs(tree, {"*.*.bn": "*.*.conv"}, epsilon={"blocks/0/bn": 0.5, "blocks.1.bn": 0})
+    for i, epsilon in enumerate((0.5, 0.0)):
+        scale = tree[f"blocks.{i}.bn.weight"] / np.sqrt(np.float64(tree[f"blocks.{i}.bn.running_var"]) + epsilon)
+        expected = tree[f"blocks.{i}.conv.weight"] * scale[:, None, None, None]
+        np.testing.assert_allclose(folded[f"blocks.{i}.conv.weight"], expected, rtol=1e-6)
+    assert report.to_dict()["epsilon"] == [0.5, 0.0]
+    kernel, var = np.ones((3, 2), np.float32), np.full(2, 1e-3, np.float32)
+    keras = {"fc/kernel": kernel, "bn/moving_mean": 0 * var, "bn/moving_variance": var}
+    folded, report = fold_pairs(keras, {"bn": "fc"})
+    np.testing.assert_allclose(folded["fc/kernel"], kernel / np.sqrt(2e-3), rtol=1e-6)
+    assert report.to_dict()["epsilon"] == [1e-3]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pairs_of_torchs_tensors(dtype):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    conv, norm = torch.nn.ConvTranspose2d(3, 3, 2, bias=False), torch.nn.BatchNorm2d(3)
+    model = torch.nn.Sequential(conv, norm).to(getattr(torch, dtype)).eval()
+    with torch.no_grad():
+        for name, z in [("running_var", norm.running_var), *norm.named_parameters()]:
+            z.uniform_(0.3, 2.0) if name != "bias" else z.normal_()
+        norm.running_mean.normal_()
+        _, report = fold_pairs(model.state_dict(), {"1": "0"})
+        assert report.rows[0]["note"] == "as many inputs as outputs: a transposed convolution would need out_axis"
+        folded, report = fold_pairs(model.state_dict(), {"1": "0"}, out_axis={"0": 1})
+        assert report.rows[0]["note"] is None
+        without = torch.nn.Sequential(torch.nn.ConvTranspose2d(3, 3, 2)).to(getattr(torch, dtype))
+        without.load_state_dict(folded)  # tensors, of the same names
+        assert {z.dtype for z in folded.values()} == {getattr(torch, dtype)}
+        x = torch.randn(2, 3, 4, 4, dtype=getattr(torch, dtype))
+        close(without(x).float().numpy(), model(x).float().numpy(), 1e-5 if dtype == "float32" else 0.03)
 
 
 def test_attributes_can_not_be_removed():

@@ -12,14 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxnorm.tools.find import KeyPath, NormLayer, place
-from jaxnorm.tools.trace import MOVES, SAME, Node, moved, origins
+from jaxnorm.tools.trace import Node, NotFolded, is_move, moved, origins
 
 NESTED = {"scan", "while", "cond", "shard_map", "pallas_call"}
+NOT_FINITE = "its statistics are not finite, or var + epsilon is not positive"
 Line = tuple[np.ndarray, np.ndarray]  # scale and bias, along one axis or of one element
-
-
-class NotFolded(Exception):
-    """Why a norm is not folded, in words for the user."""
 
 
 def name_of(path: KeyPath) -> str:
@@ -35,7 +32,7 @@ def is_step(node: Node) -> bool:
     """Whether a node may be scale and bias of one input. `line` says which, or that it is not."""
     if not node.is_float or any(not read.is_float for read in node.inputs):
         return False
-    if node.op in MOVES | SAME | {"neg"}:
+    if node.op == "neg" or is_move(node):
         return len(node.inputs) == 1
     depends = [read.leaves is None for read in node.inputs]
     if node.op in ("add", "add_any", "sub", "mul"):
@@ -55,10 +52,10 @@ def constants(node: Node) -> Iterator[Node]:
 def follow(steps: Iterable[Node], dim: int) -> int:
     """Where dimension `dim` of the input of the first step lies in the output of the last."""
     for node in steps:
-        if node.op in MOVES | SAME:
+        if is_move(node):
             after = moved(node, dim)
             if after is None:
-                raise NotFolded(f"{node} mixes its channels with other axes")
+                raise NotFolded(f"{node} reorders its channels, or mixes them with other axes")
             dim = after
     return dim
 
@@ -70,7 +67,7 @@ def line(steps: Iterable[Node], dim: int) -> Line:
         before, dim = dim, follow([node], dim)
         if node.op == "neg":
             scale, bias = -scale, -bias
-        elif node.op not in MOVES | SAME:
+        elif not is_move(node):
             (constant,) = constants(node)
             if node.shape != input_of(node).shape:
                 raise NotFolded(f"{node} broadcasts its input")
@@ -86,7 +83,7 @@ def line(steps: Iterable[Node], dim: int) -> Line:
             else:
                 bias = bias - z if node.op == "sub" else bias + z
     if not (np.isfinite(scale).all() and np.isfinite(bias).all()):
-        raise NotFolded("its statistics are not finite, or var + epsilon is not positive")
+        raise NotFolded(NOT_FINITE)
     return scale, bias
 
 
@@ -138,9 +135,13 @@ class Norm:
 
 
 def uses(nodes: Iterable[Node]) -> dict[KeyPath, list[Node]]:
-    """By variable, the operations in which it, or a constant made of it, meets what depends on the input."""
+    """By variable, the operations in which it, or a constant made of it, meets what depends on the input; and the
+    constants made of it that the model returns, as a penalty on weights. That it returns its state is no use of it."""
     found: dict[KeyPath, list[Node]] = {}
     for node in nodes:
+        if node.leaves is not None and node.is_output and node.leaf is None:
+            for leaf in node.leaves:
+                found.setdefault(leaf, []).append(node)
         if node.leaves is None:
             for leaf in {leaf for read in constants(node) for leaf in read.leaves or ()}:
                 found.setdefault(leaf, []).append(node)
@@ -157,6 +158,8 @@ def norm_of(layer: NormLayer, used: Mapping[KeyPath, list[Node]]) -> Norm:
     if unread:
         raise NotFolded(f"the model does not read its {' and '.join(unread)}: call it in evaluation mode")
     for node in entries:
+        if node.leaves is not None:
+            raise NotFolded(f"the model also returns what {node} makes of its variables")
         if node.op in NESTED:
             raise NotFolded(f"it is inside a `{node.op}`" + (": unroll it" if node.op in ("scan", "while") else ""))
     steps = [entries[0]]
@@ -216,15 +219,18 @@ def layer_of(node: Node) -> Layer:
     kernel = chain[-1]
     if kernel.leaf is None:
         raise NotFolded(f"{node}, whose kernel is " + (f"computed, by {kernel}" if kernel.op else "no variable"))
-    if not kernel.is_float:
-        raise NotFolded(f"{node}, whose kernel holds {kernel.dtype}")
+    for dtype, is_float in ((kernel.dtype, kernel.is_float), (node.dtype, node.is_float)):
+        if not is_float:
+            raise NotFolded(f"{node} in {dtype}")
     times = len(kernel.users) + kernel.is_output
-    if times != 1 or any(len(z.users) != 1 for z in chain):
+    if times != 1 or any(len(z.users) + z.is_output != 1 for z in chain):
         raise NotFolded(f"{node}, and the kernel of `{name_of(kernel.leaf)}` is used {max(2, times)} times")
+    if any(math.prod(z.shape) > math.prod(z.inputs[0].shape) for z in chain[:-1]):
+        raise NotFolded(f"{node}, whose kernel `{name_of(kernel.leaf)}` is broadcast")
     axes = {}  # of the operand -> of the kernel
     for axis in range(len(kernel.shape)):
         try:
-            axes[follow([z for z in reversed(chain[:-1]) if z.op != "rev"], axis)] = axis
+            axes[follow(reversed(chain[:-1]), axis)] = axis
         except NotFolded:
             continue
     params, groups, padded = node.eqn.params, 1, False
@@ -243,13 +249,25 @@ def layer_of(node: Node) -> Layer:
         outs, ins = {dims.out_spec[1]: dims.rhs_spec[0]}, {dims.lhs_spec[1]: dims.rhs_spec[1]}
         padded = any(n > 0 for pair in params["padding"] for n in pair) or any(n > 1 for n in params["lhs_dilation"])
     if any(d not in axes for d in (*outs.values(), *ins.values())):
-        raise NotFolded(f"{node}, whose kernel `{name_of(kernel.leaf)}` is reshaped across its axes")
+        raise NotFolded(f"{node}, whose kernel `{name_of(kernel.leaf)}` is reshaped across its axes, or reversed")
     outs, ins = ({d: axes[e] for d, e in z.items()} for z in (outs, ins))
     return Layer(node, kernel.leaf, outs, ins, groups, padded)
 
 
-def bias_of(node: Node, layer: Layer, before: Sequence[Node]) -> KeyPath | None:
-    """The bias of the layer, where a step does nothing but add it: a variable beside the kernel, along the outputs.
+def own_bias(layer: Layer) -> tuple[Node, KeyPath] | tuple[None, None]:
+    """The step that adds a bias to what the layer gives, before anything else, and that bias."""
+    node, moves = layer.node, []
+    while len(node.users) == 1 and not node.is_output:
+        node = node.users[0]
+        if not is_move(node):
+            leaf = _bias_of(node, layer, moves)
+            return (node, leaf) if leaf else (None, None)
+        moves.append(node)
+    return None, None
+
+
+def _bias_of(node: Node, layer: Layer, before: Sequence[Node]) -> KeyPath | None:
+    """The variable that a step adds, where it lies beside the kernel, along the outputs, and is used for nothing else.
 
     before: the steps between the layer and this one.
     """
@@ -258,7 +276,7 @@ def bias_of(node: Node, layer: Layer, before: Sequence[Node]) -> KeyPath | None:
     (constant,) = constants(node)
     chain = list(origins(constant))
     leaf = chain[-1].leaf
-    if leaf is None or name_of(leaf) != layer.name or any(len(z.users) != 1 for z in chain):
+    if leaf is None or place(leaf)[0] != place(layer.kernel)[0] or any(len(z.users) + z.is_output != 1 for z in chain):
         return None
     try:
         lie = [follow(reversed(chain[:-1]), axis) for axis, n in enumerate(chain[-1].shape) if n > 1]
@@ -266,17 +284,6 @@ def bias_of(node: Node, layer: Layer, before: Sequence[Node]) -> KeyPath | None:
     except NotFolded:
         return None
     return leaf if lie == outs else None
-
-
-def own_bias(layer: Layer) -> KeyPath | None:
-    """The bias that is added to what the layer gives, before anything else."""
-    node, moves = layer.node, []
-    while len(node.users) == 1 and not node.is_output:
-        node = node.users[0]
-        if node.op not in MOVES | SAME:
-            return bias_of(node, layer, moves)
-        moves.append(node)
-    return None
 
 
 class Place(NamedTuple):
@@ -291,7 +298,7 @@ def place_before(norm: Norm, folded: Mapping[Node, Node]) -> Place:
     """The layer whose output the norm takes. `folded`: the layers of the steps that have gone into the one before."""
     toward, node, between = norm.steps[0], norm.input, []
     while node.op not in ("conv_general_dilated", "dot_general"):
-        if node.op not in MOVES | SAME and node not in folded and not (is_step(node) and node.op in ("add", "add_any")):
+        if not (is_move(node) or node in folded or (is_step(node) and node.op in ("add", "add_any"))):
             raise NotFolded(f"its input is {'the output of ' if node.op else ''}{node}")
         _only(node, toward, str(node))
         between.insert(0, node)
@@ -301,8 +308,9 @@ def place_before(norm: Norm, folded: Mapping[Node, Node]) -> Place:
     except NotFolded as error:
         raise NotFolded(f"its input is the output of {error}") from None
     _only(node, toward, f"`{layer.name}`")
-    for i, step in enumerate(between):
-        if step.op not in MOVES | SAME and folded.get(step) is not node and not bias_of(step, layer, between[:i]):
+    adds_bias, _ = own_bias(layer)
+    for step in between:
+        if not (is_move(step) or step is adds_bias or folded.get(step) is node):
             raise NotFolded(f"between `{layer.name}` and it stands {step}")
     lines = norm.lines()
     for dim, axis in layer.outs.items():
@@ -321,7 +329,7 @@ def place_after(norm: Norm) -> Place:
         if len(node.users) != 1:
             raise NotFolded(f"its output is used {len(node.users)} times: by {_list(node.users)}")
         (node,) = node.users
-        if node.op not in MOVES | SAME:
+        if not is_move(node):
             break
         moves.append(node)
     try:

@@ -7,11 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey, keystr
 
 from jaxnorm.errors import ArgumentError
-from jaxnorm.tools.adjacent import Line, NotFolded, name_of
+from jaxnorm.tools import files
+from jaxnorm.tools.adjacent import Line, name_of
 from jaxnorm.tools.find import KeyPath, NormLayer, place, put
+from jaxnorm.tools.models import dtype_of, like
+from jaxnorm.tools.trace import NotFolded, is_float
 
 BIAS = {"kernel": "bias", "weight": "bias", "w": "b"}  # what the bias beside a kernel is called
 PARTNER = {"scale": "bias", "bias": "scale", "gamma": "beta", "beta": "gamma", "weight": "bias", "offset": "scale"}
@@ -57,10 +61,14 @@ class Edit:
         if not own:
             raise NotFolded("it has no scale and no bias to hold its statistics")
         (beside, *_) = own.values()
+        new: dict[KeyPath, np.ndarray] = {}
         for name, value in zip(("scale", "bias"), line, strict=True):
             path = own.get(name) or _renamed(beside, PARTNER[place(beside)[1]])
-            self._new[path] = np.broadcast_to(value, np.prod(norm.shape, dtype=int)).reshape(self.leaves[beside].shape)
+            value = np.broadcast_to(value, np.prod(norm.shape, dtype=int)).reshape(self.leaves[beside].shape)
             self._beside[path] = beside
+            self._check(path, value)
+            new[path] = value
+        self._new |= new
         self._gone |= set(norm.leaves.values()) - set(own.values())
 
     def result(self) -> Any:
@@ -83,9 +91,12 @@ class Edit:
         """What is at a path, so far."""
         if path in self._new:
             return self._new[path]
-        if not isinstance(self.leaves[path], jax.Array | np.ndarray):
-            raise ArgumentError(f"{keystr(path)} must be an array, got {type(self.leaves[path]).__name__}.")
-        return np.asarray(self.leaves[path]).astype(np.float64)
+        leaf = self.leaves[path]
+        if isinstance(leaf, Tracer | jax.ShapeDtypeStruct) or not hasattr(leaf, "dtype"):
+            raise ArgumentError(f"{keystr(path)} must be an array with values, got {type(leaf).__name__}.")
+        if not is_float(dtype_of(leaf)):
+            raise NotFolded(f"{keystr(path)} holds {leaf.dtype}")
+        return files.array(leaf).astype(np.float64)
 
     def _bias(self, kernel: KeyPath, bias: KeyPath | None, outs: Sequence[int]) -> tuple[KeyPath, np.ndarray]:
         """Where the bias lies, or will lie, and what it is along the output axes of the kernel."""
@@ -106,13 +117,18 @@ class Edit:
         return bias, old.reshape(shape)
 
     def _set(self, kernel: KeyPath, new_kernel: np.ndarray, bias: KeyPath, new_bias: np.ndarray) -> None:
-        for path, value in ((kernel, new_kernel), (bias, new_bias)):
-            dtype = self._as(path).dtype
-            with np.errstate(over="ignore"):
-                held = value.astype(dtype)
-            if not np.isfinite(held).all():
-                raise NotFolded(f"{keystr(path)} in {dtype} cannot hold what it would become")
-        self._new |= {kernel: new_kernel, bias: new_bias}
+        new = {kernel: new_kernel, bias: new_bias}
+        for path, value in new.items():
+            self._check(path, value)
+        self._new |= new
+
+    def _check(self, path: KeyPath, value: np.ndarray) -> None:
+        """That the dtype of a variable holds a value to its last digit: it is finite, and does not become 0."""
+        dtype = dtype_of(self._as(path))
+        with np.errstate(all="ignore"):
+            off = np.abs(value.astype(dtype).astype(np.float64) - value).max(initial=0)
+        if not off <= float(jnp.finfo(dtype).eps) * np.abs(value).max(initial=0):
+            raise NotFolded(f"{keystr(path)} in {dtype} cannot hold what it would become")
 
     def _as(self, path: KeyPath) -> Any:
         """The variable of whose kind the one at `path` is: its old value, or that beside it."""
@@ -122,9 +138,9 @@ class Edit:
         old = self._as(path)
         if path in self.leaves:
             value = value.reshape(old.shape)
-        value = value.astype(old.dtype)
+        value = value.astype(dtype_of(old))
         if not isinstance(old, jax.Array):
-            return value
+            return like(old, value)
         return jax.device_put(value, old.sharding) if path in self.leaves and old.committed else jnp.asarray(value)
 
 
@@ -179,11 +195,11 @@ def _rebuilt(
     return tree
 
 
-def _boxed(array: Any, like: Any) -> Any:
+def _boxed(array: Any, beside: Any) -> Any:
     """In an nnx.Variable of the type of this one. A box of flax.linen that names the axes of a kernel fits no bias."""
-    if isinstance(like, jax.Array | np.ndarray):
+    if isinstance(beside, type(array)):
         return array
     try:
-        return type(like)(array)
+        return type(beside)(array)
     except TypeError:
         return array

@@ -1,8 +1,9 @@
 """Batch norm taken into the layer before it or after it, for inference: the same function with fewer operations."""
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from numbers import Real
+from collections.abc import Callable, Collection, Iterator, Mapping
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,15 +13,18 @@ from jax.typing import ArrayLike
 
 from jaxnorm.errors import ArgumentError, named, nearest
 from jaxnorm.moments import Moments
-from jaxnorm.operands import check_epsilon
+from jaxnorm.operands import as_array, check_epsilon
 from jaxnorm.running import RunningStats
-from jaxnorm.tools.adjacent import Norm, NotFolded, norm_of, own_bias, place_after, place_before, uses
+from jaxnorm.tools.adjacent import NOT_FINITE, Norm, norm_of, own_bias, place_after, place_before, uses
 from jaxnorm.tools.edit import BIAS, Edit
 from jaxnorm.tools.find import NormLayer, NormTable, Where, find_norms
+from jaxnorm.tools.models import take_apart
 from jaxnorm.tools.report import Report
-from jaxnorm.tools.trace import Node, trace
+from jaxnorm.tools.settings import DEFAULTS
+from jaxnorm.tools.trace import Node, NotFolded, trace
 
 COLUMNS = ["norm", "into", "the layer stands", "why not"]
+PAIR_COLUMNS = [*COLUMNS[:3], "epsilon", "why not", "note"]
 WILD = r"\*|\{\w+\}"
 LINE = ("scale", "bias", "mean", "var")
 OUT_AXIS = {"kernel": -1, "weight": 0, "w": -1}  # Flax, torch, Haiku
@@ -95,6 +99,8 @@ def fold(
 
     Differs from: `torch.nn.utils.fusion`, which takes the pair of modules from the caller; Flax has nothing.
     """
+    if not callable(apply):
+        raise ArgumentError(f"apply must be a function of the variables and the inputs, got {apply!r}.")
     if rest not in ("keep", "scale and shift"):
         raise ArgumentError(f'rest must be "keep" or "scale and shift", got {rest!r}.')
     chosen = _chosen(variables, where)
@@ -117,11 +123,13 @@ def fold(
 
 def _chosen(tree: Any, where: Where) -> NormTable:
     """The norms to fold: those asked for, or all that have running statistics."""
-    chosen = find_norms(tree, where)
-    if where is None:
-        chosen = NormTable(norm for norm in chosen if norm.kind == "batch")
-    if not chosen:
+    norms = find_norms(tree)
+    batch = NormTable(norm for norm in norms if norm.kind == "batch")
+    if not batch:
         raise ArgumentError("there is no batch norm in the variables: no layer has a mean and a var (batch_stats).")
+    chosen = batch if where is None else find_norms(tree, where)
+    if not chosen:
+        raise ArgumentError(f"where chose none of the {len(norms)} norms, of which {len(batch)} are batch norms.")
     return chosen
 
 
@@ -131,7 +139,8 @@ def _folded(edit: Edit, norm: Norm, into_before: dict[Node, Node], rest: str) ->
     for stands in ("before", "after"):
         try:
             layer, axis, line = place_before(norm, into_before) if stands == "before" else place_after(norm)
-            where = layer.kernel, own_bias(layer), tuple(layer.outs.values()), axis, line
+            _, bias = own_bias(layer)
+            where = layer.kernel, bias, tuple(layer.outs.values()), axis, line
             edit.after(*where) if stands == "before" else edit.before(*where, layer.groups)
         except NotFolded as reason:
             reasons.append(str(reason))
@@ -150,17 +159,23 @@ def _folded(edit: Edit, norm: Norm, into_before: dict[Node, Node], rest: str) ->
     return row | {"why not": "; ".join(dict.fromkeys(reasons))}
 
 
-def _report(chosen: NormTable, rows: Mapping[str, Mapping[str, Any]]) -> Report:
+def _report(chosen: NormTable, rows: Mapping[str, Mapping[str, Any]], columns: list[str] = COLUMNS) -> Report:
     done = sum("the layer stands" in row for row in rows.values())
     title = f"{done} of {len(chosen)} norms folded"
     shifts = sum("into" in row for row in rows.values()) - done
     if shifts:
         title += f", {shifts} made scale and shift"
-    return Report(title, COLUMNS, [{"norm": norm.path, **rows[norm.path]} for norm in chosen])
+    return Report(title, columns, [{"norm": norm.path, **rows[norm.path]} for norm in chosen])
 
 
 @named
-def fold_pairs(tree: Any, pairs: Mapping[str, str], *, epsilon: float = 1e-5, out_axis: int | None = None) -> Folded:
+def fold_pairs(
+    tree: Any,
+    pairs: Mapping[str, str],
+    *,
+    epsilon: float | Mapping[str, float] | None = None,
+    out_axis: int | Mapping[str, int] | None = None,
+) -> Folded:
     """Fold norms into the layers before them, as the caller pairs them: for a checkpoint without its model's code.
 
         kernel scale,   bias scale + shift,   with   scale = norm's / sqrt(var + epsilon),   shift = bias - mean scale
@@ -169,19 +184,22 @@ def fold_pairs(tree: Any, pairs: Mapping[str, str], *, epsilon: float = 1e-5, ou
     between, that the layer is used for nothing else, and epsilon, are on the caller's word: see `fold`.
 
     Args:
-        tree: variables, as for `find_norms`; a flat torch state_dict of NumPy arrays too.
+        tree: variables, as for `find_norms`; a flat torch state_dict too.
         pairs: path of the norm -> path of the layer before it. `*` or `{name}` in a norm's path stands for a word
             between slashes (or dots), and in the layer's for the same one.
-        epsilon: of all these norms.
-        out_axis: the axis of the kernel along which outputs lie. By default the last of a `kernel` (Flax) or `w`
-            (Haiku), the first of a `weight` (torch, Equinox). A transposed convolution needs it: 1 in torch, -2 in Flax
-            with transpose_kernel=True.
+        epsilon: of all these norms, or by the path of each. By default that of the framework whose names the tree has:
+            1e-3 in Keras, 1e-5 in all others.
+        out_axis: the axis of the kernels along which outputs lie, of all, or by the path of the layer. By default the
+            last of a `kernel` (Flax) or `w` (Haiku), the first of a `weight` (torch, Equinox). A transposed convolution
+            needs it: 1 in torch, -2 in Keras, in Haiku, and in Flax with transpose_kernel=True. The report notes a
+            convolution of as many inputs as outputs, whose shape does not tell.
 
     Returns:
         Folded: (variables, report). Norms without a pair stay.
 
     Raises:
-        ArgumentError: when a pattern matches no norm, a layer is not there, or their shapes do not fit.
+        ArgumentError: when a pattern matches no norm, a layer is not there, or their shapes do not fit; when a paired
+            norm has no epsilon, and the names do not tell whose the tree is.
 
     Example:
         >>> import numpy as np, jaxnorm as jn
@@ -196,18 +214,50 @@ def fold_pairs(tree: Any, pairs: Mapping[str, str], *, epsilon: float = 1e-5, ou
 
     Differs from: `torch.nn.utils.fusion.fuse_conv_bn_eval`, which takes modules, one pair a call.
     """
-    if not isinstance(epsilon, Real) or not epsilon >= 0:
-        raise ArgumentError(f"epsilon must be a number, not negative, got {epsilon!r}.")
+    if not (isinstance(pairs, Mapping) and all(isinstance(z, str) for pair in pairs.items() for z in pair)):
+        raise ArgumentError(f"pairs must be a mapping, path of the norm -> path of the layer, got {pairs!r}.")
     norms, edit = _chosen(tree, None), Edit(tree)
+    epsilon = default_epsilon(tree)[0] if epsilon is None else epsilon
+    epsilons = _by_path("epsilon", epsilon, norms.paths)
+    axes = _by_path("out_axis", out_axis, edit.layers)
+    for value in epsilons.values():
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+            raise ArgumentError(f"epsilon must be a number, not negative, got {value!r}.")
+    for value in axes.values():
+        if isinstance(value, bool) or not isinstance(value, Integral | None):
+            raise ArgumentError(f"out_axis must be an integer, got {value!r}.")
     rows: dict[str, dict[str, Any]] = {norm.path: {"why not": "it has no pair"} for norm in norms}
     for norm, layer in _paired(norms, pairs):
+        if norm.path not in epsilons:
+            raise ArgumentError(f"epsilon says none for {norm.path!r}.")
+        own = float(epsilons[norm.path])
         try:
-            _take_up(edit, norm, layer, float(epsilon), out_axis)
+            note = _take_up(edit, norm, layer, own, axes.get(layer))
         except NotFolded as reason:
             raise ArgumentError(f"{norm.path!r} into {layer!r}: {reason}.") from None
         edit.remove(norm)
-        rows[norm.path] = {"into": layer, "the layer stands": "before"}
-    return Folded(edit.result(), _report(norms, rows))
+        rows[norm.path] = {"into": layer, "the layer stands": "before", "epsilon": own, "note": note}
+    return Folded(edit.result(), _report(norms, rows, PAIR_COLUMNS))
+
+
+def default_epsilon(tree: Any, framework: str | None = None) -> tuple[float, str]:
+    """Epsilon of a framework's batch norm, and the framework: by default that whose names the tree has."""
+    try:
+        framework = framework or take_apart(tree).framework
+    except ArgumentError:
+        raise ArgumentError("the names do not tell whose the norms are, and so what epsilon is: say epsilon.") from None
+    return DEFAULTS[framework]["batch"]["epsilon"], framework
+
+
+def _by_path(name: str, given: Any, paths: Collection[str]) -> dict[str, Any]:
+    """What is given for all, or by path, as a dict by path."""
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(paths, given)
+    found = {str(path).replace(".", "/"): value for path, value in given.items()}
+    for path in found:
+        if path not in paths:
+            raise ArgumentError(f"{name} is given for {path!r}, which is not there.{nearest(path, paths)}")
+    return found
 
 
 def _paired(norms: NormTable, pairs: Mapping[str, str]) -> Iterator[tuple[NormLayer, str]]:
@@ -238,13 +288,16 @@ def _paired(norms: NormTable, pairs: Mapping[str, str]) -> Iterator[tuple[NormLa
             yield norm, layer
 
 
-def _take_up(edit: Edit, norm: NormLayer, layer: str, epsilon: float, out_axis: int | None) -> None:
+def _take_up(edit: Edit, norm: NormLayer, layer: str, epsilon: float, out_axis: int | None) -> str | None:
+    """Fold a norm into the layer before it. Returns what is to be noted."""
     variables = edit.layers.get(layer, {})
     name = next((name for name in OUT_AXIS if name in variables), None)
     if name is None:
         known = [path for path, names in edit.layers.items() if OUT_AXIS.keys() & names.keys() and path != norm.path]
         raise NotFolded(f"that has no {', '.join(OUT_AXIS)}.{nearest(layer, known)}".rstrip("."))
     shape, axis = edit.leaves[variables[name]].shape, OUT_AXIS[name] if out_axis is None else out_axis
+    if len(shape) < 2:
+        raise NotFolded(f"its {name} has shape {tuple(shape)}, and is no kernel")
     if not -len(shape) <= axis < len(shape) or norm.shape != shape[axis:][:1]:
         raise NotFolded(
             f"the norm has shape {norm.shape}, the {name} {shape}, with its outputs along axis {axis}. "
@@ -253,9 +306,15 @@ def _take_up(edit: Edit, norm: NormLayer, layer: str, epsilon: float, out_axis: 
     own = {name: edit.value(path).reshape(-1) for name, path in norm.leaves.items() if name in LINE}
     with np.errstate(all="ignore"):
         scale = own.get("scale", 1.0) / np.sqrt(own["var"] + epsilon)
+        shift = own.get("bias", 0.0) - own["mean"] * scale
+    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
+        raise NotFolded(NOT_FINITE)
     axis %= len(shape)
-    shift = own.get("bias", 0.0) - own["mean"] * scale
     edit.after(variables[name], variables.get(BIAS[name]), (axis,), axis, (scale, shift))
+    inputs, outputs = shape[:2] if name == "weight" else shape[-2:]
+    if out_axis is None and len(shape) > 2 and inputs == outputs:
+        return "as many inputs as outputs: a transposed convolution would need out_axis"
+    return None
 
 
 @named
@@ -293,12 +352,15 @@ def scale_and_shift(
     if not isinstance(stats, RunningStats | Moments):
         raise ArgumentError(f"stats must be RunningStats or Moments, got {type(stats).__name__}.")
     dtype = jnp.promote_types(jnp.asarray(stats.var).dtype, jnp.float32)
-    mean, var = jnp.asarray(stats.mean, dtype), jnp.asarray(stats.var, dtype)
+    mean, var = jnp.asarray(stats.mean).real.astype(dtype), jnp.asarray(stats.var, dtype)
     factor = jax.lax.rsqrt(var + check_epsilon(epsilon, dtype))
-    given = {}
-    for name, value in (("scale", scale), ("bias", bias)):
-        given[name] = None if value is None else jnp.asarray(value, dtype)
-        if value is not None and given[name].shape not in ((), var.shape):
-            raise ArgumentError(f"{name} has shape {given[name].shape}, the statistics {var.shape}.")
-    factor = factor if scale is None else factor * given["scale"]
-    return factor, (0 if bias is None else given["bias"]) - mean * factor
+    scale, bias = (
+        as_array(z if z is not None else default, name) for z, default, name in ((scale, 1, "scale"), (bias, 0, "bias"))
+    )
+    for name, z in {"mean": stats.mean, "scale": scale, "bias": bias}.items():
+        if jnp.iscomplexobj(z):
+            raise ArgumentError(f"{name} is complex, and scale and shift are real here.")
+        if jnp.shape(z) not in ((), var.shape):
+            raise ArgumentError(f"{name} has shape {jnp.shape(z)}, the statistics {var.shape}.")
+    factor = factor * scale.astype(dtype)
+    return factor, bias.astype(dtype) - mean * factor

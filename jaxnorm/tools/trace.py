@@ -17,12 +17,12 @@ from jaxnorm.errors import ArgumentError
 from jaxnorm.tools.find import KeyPath
 
 CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
-# What changes neither values nor their order along an axis, but perhaps which dimension that axis is.
-MOVES = {"reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim"}
-SAME = {
-    "convert_element_type", "stop_gradient", "copy", "copy_p", "optimization_barrier", "name", "reduce_precision",
-    "sharding_constraint",
-}  # fmt: skip
+MOVES = {"reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "rev"}  # `moved` says where to
+SAME = {"stop_gradient", "copy", "copy_p", "optimization_barrier", "name", "sharding_constraint"}
+
+
+class NotFolded(Exception):
+    """Why a norm is not folded, in words for the user."""
 
 
 class Node:
@@ -39,7 +39,7 @@ class Node:
         self.eqn, self.inputs, self.call, self.index = eqn, inputs, call, index
         depends = [node.leaves for node in inputs]
         self.leaves: frozenset[KeyPath] | None = None
-        if eqn and None not in depends:
+        if eqn and not eqn.effects and None not in depends:  # what is read of a jax.Ref is no constant
             self.leaves = frozenset().union(*(leaves or () for leaves in depends))
         self.leaf: KeyPath | None = None
         self.users: list[Node] = []
@@ -60,15 +60,40 @@ class Node:
 
     @property
     def is_float(self) -> bool:
-        return jnp.issubdtype(self.dtype, jnp.floating)
+        return is_float(self.dtype)
 
     @property
     def value(self) -> np.ndarray:
         """Of a constant: float64 where it is a float."""
         if not isinstance(self._known, np.ndarray):
-            value = np.asarray(_computed(self) if self.eqn else self._known)
+            try:
+                value = np.asarray(_computed(self) if self.eqn else self._known)
+            except NotFolded:
+                raise
+            except Exception as error:  # a random key is no array, and a shard_map is not bound to values
+                raise NotFolded(f"what {self} makes of its variables cannot be computed alone") from error
             self._known = value.astype(np.float64) if jnp.issubdtype(value.dtype, jnp.floating) else value
         return self._known
+
+
+def is_float(dtype: Any) -> bool:
+    """Whether a dtype is of real numbers to many digits: those of 8 bits and fewer quantize, as integers do."""
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits > 8
+
+
+def is_same(node: Node) -> bool:
+    """Whether a node is its first input, to rounding in a dtype of the model."""
+    if node.op == "convert_element_type":
+        return node.is_float and node.inputs[0].is_float
+    if node.op == "reduce_precision":
+        held, params = jnp.finfo(node.dtype), node.eqn.params
+        return params["exponent_bits"] >= held.nexp and params["mantissa_bits"] >= held.nmant
+    return node.op in SAME
+
+
+def is_move(node: Node) -> bool:
+    """Whether a node changes no values, but perhaps where they lie."""
+    return node.op in MOVES or is_same(node)
 
 
 def trace(apply: Callable, variables: Any, *inputs: Any) -> list[Node]:
@@ -115,6 +140,9 @@ def trace(apply: Callable, variables: Any, *inputs: Any) -> list[Node]:
             if called is not None:
                 made = run(called, reads, str(eqn.params.get("name") or call))
             else:
+                if eqn.effects:  # a jax.Ref or a callback: who reads it there is not seen
+                    for node in reads:
+                        node.is_output = True
                 apart = name == "optimization_barrier"
                 made = [
                     Node(v.aval, eqn, (reads[i],) if apart else tuple(reads), call, i)
@@ -146,23 +174,32 @@ def _alive(nodes: list[Node]) -> list[Node]:
 
 
 def moved(node: Node, dim: int) -> int | None:
-    """Where dimension `dim` of its first input lies in the output of one of MOVES or SAME; None: in no one place."""
+    """Where dimension `dim` of its first input lies, in its order, in the output of a move; None: in no one place."""
     before, after = node.inputs[0].shape, node.shape
     if node.op == "transpose":
         return node.eqn.params["permutation"].index(dim)
     if node.op == "broadcast_in_dim":
         place = node.eqn.params["broadcast_dimensions"][dim]
         return place if after[place] == before[dim] else None
-    if math.prod(before) != math.prod(after):
+    if node.op == "rev":
+        return None if dim in node.eqn.params["dimensions"] else dim
+    if node.op not in MOVES:
+        return dim
+    if _transposes(node):
         return None
     lead = math.prod(before[:dim])
     return next((e for e, n in enumerate(after) if n == before[dim] and math.prod(after[:e]) == lead), None)
 
 
+def _transposes(node: Node) -> bool:
+    """Whether a reshape permutes dimensions first, as lax.reshape can."""
+    return node.op == "reshape" and node.eqn.params["dimensions"] is not None
+
+
 def origins(node: Node) -> Iterator[Node]:
     """`node` and what it is made of by moving alone, back to where that ends."""
     yield node
-    while node.op in MOVES | SAME or node.op == "rev":
+    while is_move(node):
         node = node.inputs[0]
         yield node
 
@@ -178,15 +215,15 @@ ARITHMETIC: dict[str, Callable[..., np.ndarray]] = {
 def _computed(node: Node) -> Any:
     """NumPy's value of what norms are made of. The rest as JAX computes it, in the dtypes of the model."""
     values, params = [read.value for read in node.inputs], node.eqn.params
+    if is_same(node):
+        return values[0]
     if all(read.is_float or read.dtype == np.bool_ for read in (node, *node.inputs)):
         if node.op in ARITHMETIC:
             with np.errstate(all="ignore"):  # what is not finite is refused where it would be used
                 return ARITHMETIC[node.op](*values)
         if node.op == "select_n":
             return np.where(values[0], values[2], values[1])
-        if node.op in SAME:
-            return values[0]
-        if node.op in ("reshape", "squeeze", "expand_dims"):
+        if node.op in ("reshape", "squeeze", "expand_dims") and not _transposes(node):
             return values[0].reshape(node.shape)
         if node.op == "transpose":
             return values[0].transpose(params["permutation"])
