@@ -6,6 +6,7 @@ import subprocess
 
 import broken
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import jaxnorm as jn
@@ -72,6 +73,37 @@ def test_of_a_large_real_network_nothing_is_said(examine):
     assert out.endswith("52 norms: 0 wrong, 10 with notes\n")
     # 72 % of these variances are below epsilon, and the network classifies as well as any
     assert "note   features/17/conv/1/1: 689 of 960 variances are below epsilon = 1e-05 (1 denormal)" in out
+
+
+def test_steps_that_norms_do_not_count(tmp_path, examine):
+    """0.9^3 = 73 %, 0.9^20 = 12 %."""
+    broken.write(tmp_path / "net.msgpack", broken.good())
+    broken.write(tmp_path / "state.msgpack", broken.with_averages())  # of step 20
+    status, out = examine(tmp_path / "net.msgpack", "--momentum", "0.9", "--updates", "3")
+    assert status == 1
+    assert set(wrong(out)) == set(broken.ALL)
+    assert "3 updates, half-life at momentum 0.9 is 7: still 73% of the initial 0 and 1" in wrong(out)["bn_0"]
+    status, out = examine(tmp_path / "state.msgpack", "--momentum", "0.9")
+    assert status == 0
+    assert out.count("20 updates, half-life at momentum 0.9 is 7: still 12% of the initial 0 and 1") == 3
+    status, out = examine(tmp_path / "net.msgpack", "--momentum", "0.9")
+    assert status == 0
+    assert "; momentum needs the number of updates" in out
+
+
+def test_a_folder_of_a_checkpoint_manager(tmp_path, examine):
+    """Its root with one step, the step, and an item that has a name."""
+    args = ocp.args
+    with ocp.CheckpointManager(tmp_path / "plain") as manager:
+        manager.save(10, args=args.StandardSave(broken.good()))
+    with ocp.CheckpointManager(tmp_path / "named", item_names=("state", "meta")) as manager:
+        manager.save(
+            10, args=args.Composite(state=args.StandardSave(broken.diverged()), meta=args.JsonSave({"epoch": 1}))
+        )
+    for path, worst in (("plain", 0), ("plain/10", 0), ("named", 1), ("named/10", 1), ("named/10/state", 1)):
+        status, out = examine(tmp_path / path)
+        assert status == worst
+        assert len(wrong(out)) == worst
 
 
 def test_the_table_and_where(tmp_path, examine):
@@ -183,6 +215,9 @@ BAD = {
     "momentum nan": (["{}/good.npz", "--momentum", "nan"], "--momentum: must be a number from 0 to 1, got 'nan'"),
     "epsilon": (["{}/good.npz", "--epsilon", "-1"], "--epsilon: must be a number from 0, got '-1'"),
     "epsilon word": (["{}/good.npz", "--epsilon", "small"], "--epsilon: must be a number, got 'small'"),
+    "updates": (["{}/good.npz", "--updates", "-1"], "--updates: must be a whole number from 0, got '-1'"),
+    "empty": (["{}/empty"], "'empty' cannot be read: no checkpoint of orbax: it holds nothing"),
+    "steps": (["{}/steps"], "'steps' cannot be read: it holds 9, 10: name one"),
     "nothing": ([], "the following arguments are required: CHECKPOINT"),
 }  # fmt: skip
 
@@ -190,6 +225,10 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case, refused, tmp_path):
     (tmp_path / "a.txt").touch()
+    (tmp_path / "empty").mkdir()
+    for step in ("10", "9"):
+        (tmp_path / "steps" / step / "default").mkdir(parents=True)
+        (tmp_path / "steps" / step / "default" / "_METADATA").touch()
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04")
     jn.tools.write(tmp_path / "kernel.npz", {"dense.kernel": np.ones((2, 2))})
     jn.tools.write(tmp_path / "good.npz", {"bn.scale": np.ones(2)})

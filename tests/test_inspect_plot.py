@@ -172,6 +172,61 @@ def test_statistics_of_what_is_broken_are_drawn_too():
         jn.inspect.plot_statistics({"kernel": np.ones((2, 2))})
 
 
+def test_what_cannot_be_drawn_is_marked():
+    """At the bottom edge: NaN in a mean, a variance of 0 or less; and a norm without neighbours has bands."""
+    own = [np.array([1.0, 2, 3, 4, 9]), np.array([1.0, np.nan, 2, 3, 4])]
+    tree = {f"bn{i}": {"mean": own[i == 2], "var": own[0] * (i != 1), "scale": own[0]} for i in range(4)}
+    picture = jn.inspect.plot_statistics(tree)
+    mean, var, scale = picture.axes
+
+    def marked(axes):
+        return [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "x"]
+
+    assert (marked(mean), marked(var), marked(scale)) == ([[3]], [[2]], [])
+    (cross,) = (line for line in var.lines if line.get_marker() == "x")
+    edge = cross.get_transform().transform(cross.get_xydata()[0])[1]
+    np.testing.assert_allclose(edge, var.transAxes.transform((0, 0))[1])
+    assert [text.get_text() for text in picture.legends[0].get_texts()][-1] == "not finite, or var \u2264 0"
+    assert len(jn.inspect.plot_statistics({"bn": tree["bn0"]}).legends[0].get_texts()) == 3
+    alone = jn.inspect.plot_statistics({"bn": tree["bn0"]}).axes[0]
+    ends = [segment[:, 1].tolist() for lines in alone.collections[2:] for segment in lines.get_segments()]
+    assert ends == [[1, 9], [2, 4]]
+    assert len(var.collections) == 4  # bn0 has no neighbour that is drawn
+    assert len(scale.collections) == 2
+
+
+def test_long_names():
+    names = [f"encoder/stage/a_rather_long_block_name_{i}/BatchNorm_0" for i in range(3)]
+    tree = {name: {"mean": np.ones(2), "var": np.ones(2)} for name in names}
+    expected = [f"a_rather_lon...{name[-13:]}" for name in names]
+    assert [z.get_text() for z in jn.inspect.plot_statistics(tree).axes[-1].get_xticklabels()] == expected
+    twins = {f"{'a' * 20}{i}{'b' * 20}": {"scale": np.ones(2)} for i in range(2)}  # alike without their middle
+    assert [z.get_text() for z in jn.inspect.plot_statistics(twins).axes[0].get_xticklabels()] == list(twins)
+    legend = jn.inspect.plot_drift([tree, tree]).legends[0]
+    assert [z.get_text() for z in legend.get_texts()] == expected
+    many = {f"{name}{i}": z for i in (0, 1) for name, z in tree.items() if name != names[0]}
+    assert jn.inspect.plot_drift([many, many]).legends[0]._ncols == 1
+    assert jn.inspect.plot_drift([{"a": z} for z in tree.values()]).legends[0]._ncols == 1
+
+
+def test_drift_of_what_is_broken():
+    """No point where nothing is finite, least of all one at 0."""
+    def state(mean, var):
+        return {"bn": {"mean": np.full(2, mean), "var": np.full(2, var)}, "ok": {"mean": np.ones(2), "var": np.ones(2)}}
+
+    for last, means, variances in (
+        ((np.nan, 1.0), [np.nan, np.nan], [0, 0]), ((1.0, 0.0), [np.nan, np.nan], [np.nan, np.nan]),
+        ((1.0, -1.0), [np.nan, np.nan], [np.nan, np.nan]), ((2.0, 1.0), [2, 0], [0, 0]),
+    ):  # fmt: skip
+        for axes, expected, title in zip(
+            jn.inspect.plot_drift([state(0.0, 1.0), state(*last)]).axes, (means, variances), ("means", "variances"),
+            strict=True,
+        ):  # fmt: skip
+            np.testing.assert_array_equal(lines(axes), [expected, [0, 0]])
+            gaps = ", with gaps in 1 of 2: not finite" * bool(np.isnan(expected).any())
+            assert axes.get_title() == title + gaps
+
+
 def test_drift():
     means, variances = RNG.normal(size=(4, 2, 5)), RNG.uniform(1, 3, (4, 2, 5))
     states = [
@@ -226,6 +281,12 @@ def test_figures_are_the_callers_alone():
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_picture_has_one_name():
+    for bad in (["cube"], "cub", None):
+        with pytest.raises(ArgumentError, match=r"^jaxnorm.inspect.plot: there is no picture"):
+            jn.inspect.plot(bad)
 
 
 def test_they_show_themselves_in_a_notebook_and_say_what_is_missing(monkeypatch):

@@ -2,9 +2,11 @@
 norms."""
 
 import family_modules
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -121,18 +123,40 @@ def test_several_findings_of_one_norm_the_worst_first():
 )
 def test_what_is_left_of_the_initial_statistics(updates, momentum, grade):
     """0.9^6 = 0.531, 0.9^7 = 0.478; 0.9^28 = 0.0523, 0.9^29 = 0.0471. Half of it is left after log 0.5 / log 0.9 = 6.6.
-    A count of 0 beside statistics that have moved is that of a converter, which counts nothing."""
+    A count of 0 beside statistics that have moved is that of a converter, which counts nothing.
+    Where no norm counts, the steps of the training state do, or those that are told."""
     variables = tree(bn=norm(num_updates=np.array(updates, np.int32)))
     if updates == 0:
         assert found(variables) == {}
+        said = {"bn": ("note", "its count is 0, its statistics are not the initial ones")}
+        assert found(variables, momentum=momentum) == said
         return
     out = found(variables, momentum=momentum)
+    plain, adam = tree(bn=norm()), {"0": {"count": np.array(updates, np.int32)}}
+    assert found(plain, momentum=momentum, updates=updates) == out
+    for state in ({"step": np.array(updates)}, {"step": updates}, {"opt_state": adam}, {"optimizer": adam}):
+        assert found({**plain, **state}, momentum=momentum) == out
+        assert found({**plain, **state}, momentum=momentum, updates=10**6) == {}
     assert out.get("bn", ("",))[0] == grade
     assert found(variables, momentum=momentum, debias=True) == {}
     if grade:
         share = f"{round(100 * 0.9**updates)}%"
         said = f"{updates} updates, half-life at momentum 0.9 is 7: still {share} of the initial 0 and 1"
         assert out["bn"][1] == said
+
+
+def test_momentum_that_tells_nothing():
+    """Flax's norms count nothing, and the count of a dropout is no optimizer's."""
+    said = "; momentum needs the number of updates, which nothing here counts: give `updates`"
+    plain = tree(bn=norm())
+    for more in ({}, {"rngs": {"count": np.array(9)}}, {"step": np.array([3])}, {"step": "3"}):
+        assert jn.inspect.report({**plain, **more}, momentum=0.9).title == "1 norm: 0 wrong, 0 with notes" + said
+    for variables in (tree(bn=norm(num_updates=np.array(3))), {**plain, "step": 3}, tree(ln=norm(mean=None, var=None))):
+        assert said not in jn.inspect.report(variables, momentum=0.9).title
+    assert said not in jn.inspect.report(plain, momentum=0.9, debias=True).title
+    for updates in (5, np.int64(5), jnp.array(5)):
+        assert "5 updates, half-life" in found(plain, momentum=0.9, updates=updates)["bn"][1]
+        assert said not in jn.inspect.report(plain, momentum=0.9, updates=updates).title
 
 
 def test_haiku_debiases_what_it_reads():
@@ -158,6 +182,12 @@ def test_a_fresh_model_is_no_fault_and_a_trained_one_without_updates_is():
     assert "though b is trained: was the new state thrown away?" in out["a"][1]
     layer_norm = norm(scale=[0.9, 1, 1, 1], mean=None, var=None)
     assert found(tree(a=norm(**FRESH), ln=layer_norm))["a"][0] == "wrong"
+    bare = norm(**FRESH | {"scale": None, "bias": None})  # nothing shows that it was trained but the steps
+    assert found({**tree(a=bare), "step": np.array(5000)}) == {
+        "a": ("wrong", "never updated (mean 0, var 1), after 5000 steps")
+    }
+    assert found({**tree(a=bare), "step": np.array(0)})["a"][0] == "note"
+    assert found(tree(a=bare), updates=5000)["a"][0] == "wrong"
     assert "though it counts 7 updates" in found(tree(a=norm(**FRESH, num_updates=np.array(7))))["a"][1]
 
 
@@ -182,7 +212,7 @@ def test_statistics_that_are_lost():
         "BatchNorm_1": ("wrong", "no statistics, though it is called BatchNorm_1")
     }
     assert found(tree(norm_0=norm(), norm_1=norm(), norm_2=lost)) == {
-        "norm_2": ("wrong", "no statistics, where norm_0 and all like it have them")
+        "norm_2": ("note", "no statistics, where norm_0 and all like it have them")  # or group norm, on purpose
     }
     assert found(tree(norm_0=norm(), norm_1=lost, norm_2=lost)) == {}  # a net with both kinds of norm
     assert found(tree(norm_0=norm(), norm_1=norm(), norm_2=norm(mean=None, var=None, bias=None))) == {}  # RMS norm
@@ -224,6 +254,50 @@ def test_collections_wherever_they_lie():
     assert found({**good, "other": {"bn": {"scale": np.ones(N)}}})["other/bn"][0] == "wrong"
 
 
+LOST = norm(mean=None, var=None)
+
+
+def test_copies_without_statistics_are_no_faults():
+    """Of whatever name: what holds all parameters of a model and no statistics."""
+    net = {"a/bn": norm(), "b/bn": norm(bias=[0, 1, 2, 3]), "ln": LOST}
+    good, init = tree(**net), optax.adam(1e-3).init
+    params, stats, moments = good["params"], good["batch_stats"], init(good["params"])
+    grads = jax.tree.map(lambda z: z * 1e-9, params)
+    for variables in (
+        {"model": good, "opt": moments}, (params, stats, moments), {**good, "best_params": params},
+        {**good, "slow": params}, {**good, "grads": grads}, {"net": net, "mu": grads},
+        {"g": good, "d": tree(bn=norm()), "opt_g": moments, "opt_d": init(tree(bn=norm())["params"])},
+        flat({"model": good, "opt": {"mu": grads, "nu": grads}}),
+    ):  # fmt: skip
+        assert found(variables) == {}
+    health = jn.inspect.report({**tree(bn=norm()), "best": tree(bn=LOST)["params"]})
+    kinds = {row["norm"]: row["kind"] for row in health}
+    assert kinds == {"bn": "batch", "best/bn": "copy"}
+    broken = {"bn": {**LOST, "bias": LOST["bias"] * np.float32(np.nan)}}
+    said = "4 of 4 entries of bias are NaN or infinite"
+    assert found({**tree(bn=norm()), "best": broken}) == {"best/bn": ("wrong", said)}
+
+
+def test_a_block_whose_statistics_are_lost_is_no_copy_of_another():
+    blocks = {f"block_{i}/bn": norm() for i in (0, 2)} | {"block_1/bn": LOST}
+    said = {"block_1/bn": ("wrong", "no statistics, though it is called bn")}
+    assert found(tree(**blocks)) == said
+    assert found(flat(blocks)) == said
+    assert found({"net": blocks}).keys() == {"net/block_1/bn"}
+    assert found(tree(**{"net_1/bn": LOST, "net_2/bn": norm()})).keys() == {"net_1/bn"}
+    assert found({"a": tree(bn=norm()), "b": {"params": {"bn": LOST}}}).keys() == {"b/bn"}  # nor is a model of its own
+
+
+def test_parameters_called_mean_or_var():
+    for own in ({"mean": np.ones(N)}, {"var": np.ones(N)}, {"mean": np.zeros(N), "var": np.ones(N)}):
+        good = tree(bn=norm())
+        good["params"]["prior"] = own
+        assert found(good) == {}
+        assert len(jn.inspect.report(good)) == 1
+        assert found({"model": good, "optimizer": {"mu": {"prior": own}}}) == {}
+    assert found({"params": {"bn": norm(), "prior": {"mean": np.ones(N)}}})["prior"][0] == "wrong"  # all in one place
+
+
 # --- replicas
 
 
@@ -234,6 +308,7 @@ def replicas(apart):
 def test_replicas():
     """Means 0.1 apart: the first is 0.1 from their mean; the smallest standard deviation is sqrt(0.5)."""
     said = f"statistics of 3 replicas, up to {0.1 / np.sqrt(0.5):.2g} standard deviations apart: merge_replicas makes"
+    said += " them one, unless these are layers or sets of one model"
     out = found(tree(bn=norm(**replicas(0.1)), other=norm(**replicas(0.1))))
     assert {name: grade for name, (grade, _) in out.items()} == {"bn": "wrong", "other": "wrong"}
     assert said in out["bn"][1]
@@ -307,5 +382,12 @@ def test_what_it_refuses():
             jn.inspect.report(tree(bn=norm()), **bad)
     with pytest.raises(ArgumentError, match=r"\['bn'\]\['mean'\] is traced, and this looks at numbers"):
         jax.jit(lambda v: jn.inspect.report(v).ok)({"bn": {"mean": jnp.zeros(2), "var": jnp.ones(2)}})
+    for bad in (-1, 1.5, True, jnp.array(2.0), "3"):
+        with pytest.raises(ArgumentError, match=r"^jaxnorm.inspect.report: updates is a whole number from 0, got"):
+            jn.inspect.report(tree(bn=norm()), updates=bad)
+    for bad in ("model.msgpack", None, [1, 2], nn.BatchNorm(False), {"bn": {"mean": [0.0], "var": [1.0]}}):
+        with pytest.raises(ArgumentError, match=r"^jaxnorm.inspect.report: there is no array in it, .*tools.read"):
+            jn.inspect.report(bad)
+    assert len(jn.inspect.report({"kernel": np.ones((2, 2))})) == 0
     with pytest.raises(ArgumentError, match="is no array of numbers, it is a ShapeDtypeStruct"):
         jn.inspect.report(jax.eval_shape(lambda: {"bn": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}))

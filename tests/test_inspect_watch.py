@@ -55,8 +55,9 @@ def test_the_numbers_are_those_of_the_formulas():
     assert watched.losses == {}
     assert watched.title == "1 of 1 batch norms to recalibrate"
     (row,) = jn.inspect.watch(collect, bare(mean, var), x[:1], epsilon=EPSILON)
-    assert row["mean noise"] == pytest.approx(np.sqrt(1 / 20))  # one batch: as if its elements were independent
-    assert row["var noise"] == pytest.approx(np.sqrt(2 / 20))
+    assert row["mean gap"] == pytest.approx(np.sqrt((((rows[0].mean(0) - mean) / s) ** 2).mean()), **CLOSE)
+    assert row.get("mean noise") is None
+    assert row["finding"] == "one batch: noise unknown"
 
 
 def test_an_uneven_last_batch_weighs_what_it_has():
@@ -97,7 +98,9 @@ def test_skew_between_devices():
     (row,) = watched
     expected = np.sqrt((((truth.mean(1) - mean) / np.sqrt(var + EPSILON)) ** 2).mean())
     assert row["skew"] == pytest.approx(expected, **CLOSE)
-    assert row["skew noise"] == pytest.approx(np.sqrt(1 / 250))
+    batch = np.stack(skewed).astype(np.float64)  # batch, device, row, channel
+    apart = (batch.mean(2) - batch.mean((1, 2))[:, None]) / np.sqrt(var + EPSILON)
+    assert row["skew noise"] == pytest.approx(np.sqrt((apart.std(0, ddof=1) ** 2 / 5).mean()), rel=1e-3)
     assert watched.skewed == ("bn",)
     assert watched.recalibrate == ()  # of all devices together the statistics are right
     assert row["count"] == 1000
@@ -119,13 +122,31 @@ def test_devices_of_shard_map():
     spec = P("devices")
     mapped = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(spec, spec), out_specs=spec))
     batch = jax.device_put((x, mask), jax.NamedSharding(mesh, spec))
-    (row,) = jn.inspect.watch(lambda v, batch: {"bn": mapped(*batch)}, bare([0] * 3, [1] * 3), [batch])
+    (row,) = jn.inspect.watch(lambda v, batch: {"bn": mapped(*batch)}, bare([0] * 3, [1] * 3), [batch] * 2)
     rows = x[8:].reshape(7, 8, WIDTH).astype(np.float64)
     std = np.sqrt(x[8:].astype(np.float64).var(0) + EPSILON)
     expected = np.sqrt((((rows.mean(1) - rows.mean((0, 1))) / std) ** 2).mean())
     assert row["skew"] == pytest.approx(expected, **CLOSE)
-    assert row["skew noise"] == pytest.approx(np.sqrt(1 / 8))
-    assert row["count"] == 56
+    assert row["skew noise"] == 0  # the same batch, twice
+    assert "devices differ" in row["finding"]
+    assert row["count"] == 2 * 56
+
+
+def test_pixels_are_not_independent():
+    """Pictures whose brightness varies: thousands of pixels a device, and its mean is off by 1 / sqrt(2 pictures)."""
+    look = jax.jit(lambda v, x: {"bn": jax.vmap(lambda z: jn.moments(z, "n h w c", "n h w"))(x)})
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        light, grain = rng.normal(size=(4, 8, 2, 1, 1, WIDTH)), rng.normal(size=(4, 8, 2, 16, 16, WIDTH))
+        pictures = list((light + grain).astype(np.float32))  # batch, device, picture, pixels, channel
+        right = jn.inspect.watch(look, bare([0.0] * 3, [2.0] * 3), pictures)
+        assert right.rows[0]["skew"] > 3 * np.sqrt(1 / (4 * 2 * 16 * 16))  # as if they were
+        assert right.skewed == right.recalibrate == ()
+        shifted = [x + np.arange(8, dtype=np.float32)[:, None, None, None, None] for x in pictures]
+        assert jn.inspect.watch(look, bare([3.5] * 3, [7.0] * 3), shifted).skewed == ("bn",)
+        one = jn.inspect.watch(look, bare([0.0] * 3, [1.0] * 3), pictures[:1])
+        assert one.skewed == one.recalibrate == ()
+        assert one.rows[0]["finding"] == "one batch: noise unknown"
 
 
 # --- the loss
@@ -196,6 +217,7 @@ def test_where_the_evaluation_is_no_worse_there_is_no_share():
     watched = jn.inspect.watch(collect, bare([0.0] * 3, [1.0] * 3), batches_of(2, 9, 3), loss=lambda v, b, t: float(t))
     assert watched.losses == {"training": 1.0, "evaluation": 0.0, "recalibrated": 0.0}
     assert watched.rows[0]["share"] is None
+    assert watched.title.endswith("0 recalibrated, evaluation is no worse: no share")
 
 
 def test_nnx():
@@ -233,12 +255,20 @@ def test_statistics_that_are_no_numbers_are_a_gap(var):
     (row,) = jn.inspect.watch(collect, bare([0.0] * 3, var), DATA)
     assert row["mean gap"] == row["var gap"] == np.inf
     assert row["finding"] == "recalibrate"
+    assert jn.inspect.watch(collect, bare([0.0] * 3, var), DATA[:1]).recalibrate == ("bn",)
 
 
 GOOD, DATA = bare([0.0] * 3, [1.0] * 3), batches_of(2, 9, 3)
 REFUSED = {
     "no batch": ((collect, GOOD, []), {}, "there was no batch"),
     "no norm": ((collect, {"ln": {"scale": jnp.ones(3)}}, DATA), {}, "there is no batch norm among the variables"),
+    "one array": ((collect, GOOD, DATA[0]), {}, "batches must be a list of them, got ndarray. Put one batch"),
+    "one mapping": ((collect, GOOD, {"x": DATA[0]}), {}, "batches must be a list of them, got dict"),
+    "no batches": ((collect, GOOD, None), {}, "batches must be a list of them, got NoneType"),
+    "apply": ((lambda v, x: x, GOOD, DATA), {}, r"ndarray holds none. Of a linen model: lambda v, x: net.apply\(v"),
+    "some moments": (
+        (lambda v, x: {**collect(v, x), "y": x}, GOOD, DATA), {}, "tree of Moments, and there is a ndarray at"
+    ),
     "no moments": ((lambda v, x: {"bn": x}, GOOD, DATA), {}, "collect must give a tree of Moments"),
     "another name": ((lambda v, x: {"bm": collect(v, x)["bn"]}, GOOD, DATA), {}, "no such batch norm. Did you mean"),
     "another shape": ((lambda v, x: collect(v, x[:, :2]), GOOD, DATA), {}, r"moments of 'bn' of shape \(2,\)"),

@@ -14,6 +14,8 @@ COLOURS = {
 }  # fmt: skip
 OTHER = "#56B4E9"
 DARK = "#222222"
+CROSS: dict[str, Any] = {"color": "#CC0000", "marker": "x", "markeredgewidth": 2.5, "markersize": 8, "linestyle": ""}
+LONG = 28  # characters
 
 
 def figure(width: float, height: float) -> Any:
@@ -39,6 +41,11 @@ def fan(axes: Any, quantiles: np.ndarray, colour: str) -> None:
     axes.fill_between(depth, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.fill_between(depth, lower, upper, color=colour, alpha=0.4, linewidth=0)
     axes.plot(depth, median, color=colour, marker=".")
+    drawn = np.pad(np.isfinite(median), 1)
+    alone = drawn[1:-1] & ~drawn[:-2] & ~drawn[2:]  # without a neighbour a band has no width
+    if alone.any():
+        axes.vlines(depth[alone], low[alone], high[alone], color=colour, alpha=0.3, linewidth=2)
+        axes.vlines(depth[alone], lower[alone], upper[alone], color=colour, alpha=0.5, linewidth=5)
     whole_numbers(axes, len(depth))
 
 
@@ -52,6 +59,18 @@ def fan_key(colour: str, ends: str = "5 % to 95 %") -> list[Any]:
         Patch(color=colour, alpha=0.55, label="middle half"),
         Patch(color=colour, alpha=0.2, label=ends),
     ]
+
+
+def crosses(axes: Any, at: Sequence[int]) -> None:
+    """Marks at the bottom edge, of what cannot be drawn. Call it last."""
+    axes.plot(at, np.zeros(len(at)), transform=axes.get_xaxis_transform(), clip_on=False, zorder=9, **CROSS)
+
+
+def cross_key(label: str) -> Any:
+    """What the crosses are, for a legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=label, **CROSS)
 
 
 def log_scale(axes: Any) -> None:
@@ -72,17 +91,32 @@ def whole_numbers(axes: Any, last: int) -> None:
 def named_layers(axes: Any, names: Sequence[str], label: str) -> None:
     """The names of the layers under an x axis, where there is room for them, else numbers."""
     if len(names) <= 24:
-        names = ["".join(c if c.isprintable() else "?" for c in name) for name in names]
-        axes.set_xticks(range(1, len(names) + 1), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+        style = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "fontsize": 8}
+        axes.set_xticks(range(1, len(names) + 1), short(names), **style)
         for text in axes.get_xticklabels():
             text.set_parse_math(False)
     else:
         axes.set_xlabel(label)
 
 
+def short(names: Sequence[str]) -> list[str]:
+    """Names as they can be drawn: where one is long, all without the path that they share, and without their middle
+    unless two would be alike."""
+    names = ["".join(c if c.isprintable() else "?" for c in name) for name in names]
+    if all(len(name) <= LONG for name in names):
+        return names
+    paths = [name.split("/") for name in names]
+    while len(paths) > 1 and all(len(path) > 1 and path[0] == paths[0][0] for path in paths):
+        paths = [path[1:] for path in paths]
+    names = ["/".join(path) for path in paths]
+    cut = [name if len(name) <= LONG else f"{name[: LONG // 2 - 2]}...{name[1 - LONG // 2 :]}" for name in names]
+    return [name if cut.count(less) > 1 else less for name, less in zip(names, cut, strict=True)]
+
+
 def legend_below(figure: Any, handles: list, title: str) -> None:
-    """A legend of one line below all panels."""
-    figure.legend(handles=handles, title=title, loc="outside lower center", ncols=max(1, len(handles)), frameon=False)
+    """A legend below all panels, of one line where its names are short."""
+    columns = len(handles) if sum(len(handle.get_label()) for handle in handles) <= 90 else 1
+    figure.legend(handles=handles, title=title, loc="outside lower center", ncols=max(1, columns), frameon=False)
 
 
 def to_rgb(colour: str) -> tuple[float, float, float]:

@@ -25,6 +25,7 @@ class Settings:
     momentum: float | None = None
     epsilon: float = 1e-5
     debias: bool = False
+    steps: int | None = None  # of training, for norms that do not count
 
 
 def of_layer(layer: Layer, settings: Settings) -> Iterator[Said]:
@@ -34,7 +35,7 @@ def of_layer(layer: Layer, settings: Settings) -> Iterator[Said]:
         (there,) = half
         yield WRONG, f"it has {layer.own[there]} but no {'var' if there == 'mean' else 'mean'}"
     yield from _dtypes(layer)
-    broken = list(_not_finite(layer))
+    broken = list(not_finite(layer))
     yield from broken
     yield from _shapes(layer)
     if broken:
@@ -53,7 +54,8 @@ def _dtypes(layer: Layer) -> Iterator[Said]:
             yield NOTE, f"{layer.own[name]} is stored as {dtype}: training on loses updates to rounding"
 
 
-def _not_finite(layer: Layer) -> Iterator[Said]:
+def not_finite(layer: Layer) -> Iterator[Said]:
+    """Of which arrays some entries are NaN or infinite."""
     for name in layer.values:
         z = layer.wide(name)
         bad = 0 if z is None else int((~np.isfinite(z)).sum())
@@ -120,8 +122,13 @@ def _scales(layer: Layer) -> Iterator[Said]:
 
 def _updates(layer: Layer, settings: Settings) -> Iterator[Said]:
     """What is left of the initial 0 and 1 in an average that is not debiased: momentum to the number of updates."""
-    t, momentum = updates(layer), settings.momentum
-    if t is None or not momentum or settings.debias or "mean_hidden" in layer.values or initial(layer):
+    count, momentum = count_of(layer), settings.momentum
+    if not (layer.averaged and momentum) or settings.debias or "mean_hidden" in layer.values or initial(layer):
+        return
+    if count == 0:
+        yield NOTE, "its count is 0, its statistics are not the initial ones"
+    t = count or settings.steps
+    if not t:
         return
     left = momentum**t
     if left > 0.05:
@@ -130,7 +137,7 @@ def _updates(layer: Layer, settings: Settings) -> Iterator[Said]:
         yield (WRONG if left > 0.5 else NOTE), text
 
 
-def updates(layer: Layer) -> int | None:
+def count_of(layer: Layer) -> int | None:
     """How often its statistics were updated, where that is counted."""
     count = layer.values.get("num_updates")
     return None if count is None or not count.size else int(count.max())

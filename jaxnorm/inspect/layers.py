@@ -1,6 +1,7 @@
 """The norms of a tree with their numbers, on the host."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +11,22 @@ from jax.core import Tracer
 
 from jaxnorm.errors import ArgumentError
 from jaxnorm.tools.files import array
-from jaxnorm.tools.find import COLLECTIONS, MORE, STANDARD, STATE, KeyPath, NormLayer, find_norms, get, place
+from jaxnorm.tools.find import (
+    COLLECTIONS,
+    MORE,
+    STANDARD,
+    STATE,
+    KeyPath,
+    NormLayer,
+    find_norms,
+    get,
+    optimizer_of,
+    place,
+    word,
+)
 
 KNOWN = {*STANDARD.values(), *MORE, *STATE}
+TRAINED = {"params", "trainable_variables"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +36,13 @@ class Layer:
     norm: where it is, by `find_norms`; of kind "statistics" where it is a mean without a var, or the reverse.
     values: its arrays, by the standard names, as they are stored.
     own: what the tree calls them.
+    root: where its model lies, "" or what stands before its collection: "gan/g" of gan/g/params/bn.
     """
 
     norm: NormLayer
     values: Mapping[str, np.ndarray]
     own: Mapping[str, str]
+    root: str = ""
 
     @property
     def path(self) -> str:
@@ -50,13 +66,21 @@ class Layer:
 
 def layers_of(tree: Any) -> list[Layer]:
     """Every norm of a tree. Parameters and statistics are brought together however deep their collections lie."""
+    some = jax.tree.leaves(tree)
+    if tree is None or (some and not any(hasattr(leaf, "shape") for leaf in some)):
+        raise ArgumentError(
+            f"there is no array in it, a {type(tree).__name__}. Give the variables; those in a file are read by "
+            "jaxnorm.tools.read(path)."
+        )
     found: dict[str, NormLayer] = {}
+    roots: dict[str, str] = {}
     for norm in _norms_and_halves(tree):
         words = norm.path.split("/")
         at = next((i for i, word in enumerate(words) if word in COLLECTIONS), None)
         path = "/".join(word for i, word in enumerate(words) if i != at)
         if path not in found:
             found[path] = dataclasses.replace(norm, path=path)
+            roots[path] = "/".join(words[:at]) if at else ""
         elif found[path].leaves.keys() & norm.leaves.keys():  # two norms, not two parts of one
             found[norm.path] = norm
         else:
@@ -67,9 +91,27 @@ def layers_of(tree: Any) -> list[Layer]:
             norm,
             {name: host(next(leaves), at) for name, at in norm.leaves.items()},
             {name: place(at)[1] for name, at in norm.leaves.items()},
+            roots.get(path, ""),
         )
-        for norm in found.values()
+        for path, norm in found.items()
     ]
+
+
+def steps_of(tree: Any) -> int | None:
+    """How many steps a training state has made: its own `step`, or the largest `count` of its optimizer."""
+    counts = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        words = _words(path)
+        if words[-1:] == ["value"]:  # of an nnx.Variable
+            words.pop()
+        if words == ["step"] or (words[-1:] == ["count"] and optimizer_of(path)):
+            z = host(leaf, path) if hasattr(leaf, "shape") else np.asarray(leaf)
+            counts += [int(z)] if z.ndim == 0 and z.dtype.kind in "iu" else []
+    return max(counts, default=None)
+
+
+def _words(path: KeyPath) -> list[str]:
+    return [part for key in path for part in re.split(r"[./]", word(key))]
 
 
 def host(leaf: Any, at: KeyPath) -> np.ndarray:
@@ -90,19 +132,25 @@ def host(leaf: Any, at: KeyPath) -> np.ndarray:
 
 def _norms_and_halves(tree: Any) -> list[NormLayer]:
     """With a mean without a var, or the reverse, where `find_norms` sees no norm."""
-    norms = list(find_norms(tree))
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    apart = any((COLLECTIONS - TRAINED) & {*_words(path)} for path, _ in leaves)  # a place of their own for statistics
+
+    def trained(path: KeyPath) -> bool:  # and called mean or var: of a prior, a likelihood
+        return apart and bool(TRAINED & {*_words(path)})
+
+    norms = [norm for norm in find_norms(tree) if norm.parameters or not all(map(trained, norm.leaves.values()))]
     there = {path for norm in norms for path in norm.leaves.values()}
     groups: dict[str, dict[str, tuple[KeyPath, Any]]] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if path and path not in there and hasattr(leaf, "shape") and "opt_state" not in jax.tree_util.keystr(path):
+    for path, leaf in leaves:
+        if path and path not in there and hasattr(leaf, "shape") and not optimizer_of(path) and not trained(path):
             layer, name = place(path)
             groups.setdefault("/".join(layer), {})[STANDARD.get(name, name)] = path, leaf
     some = any(norm.kind == "batch" for norm in norms)
     for layer, group in groups.items():
         half = group.keys() & {"mean", "var"}
         if len(half) == 1 and group.keys() <= KNOWN and (some or len(group) > 1):
-            leaves = {name: path for name, (path, _) in group.items()}
-            norms.append(NormLayer(layer, "statistics", leaves, tuple(group[half.pop()][1].shape)))
+            own = {name: path for name, (path, _) in group.items()}
+            norms.append(NormLayer(layer, "statistics", own, tuple(group[half.pop()][1].shape)))
     return norms
 
 

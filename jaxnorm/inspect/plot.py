@@ -36,6 +36,6 @@ def plot(picture: str, *args: Any, **kwargs: Any) -> Any:
 
     Differs from: Flax and torch have none.
     """
-    if picture not in PICTURES:
+    if not isinstance(picture, str) or picture not in PICTURES:
         raise ArgumentError(f"there is no picture {picture!r}.{nearest(str(picture), PICTURES)} {', '.join(PICTURES)}.")
     return PICTURES[picture](*args, **kwargs)

@@ -7,7 +7,20 @@ import jax
 import numpy as np
 
 from jaxnorm.errors import ArgumentError, named
-from jaxnorm.inspect.figure import COLOURS, DARK, fan, fan_key, figure, legend_below, log_scale, named_layers, to_rgb
+from jaxnorm.inspect.figure import (
+    COLOURS,
+    DARK,
+    cross_key,
+    crosses,
+    fan,
+    fan_key,
+    figure,
+    legend_below,
+    log_scale,
+    named_layers,
+    short,
+    to_rgb,
+)
 from jaxnorm.inspect.layers import Layer, host, layers_of
 from jaxnorm.tools.find import NormTable, Where, choose, natural
 
@@ -23,7 +36,8 @@ def plot_statistics(variables: Any, *, where: Where = None, epsilon: float = 1e-
 
         over the channels of each norm: minimum, quartiles, maximum
 
-    Variances are drawn in decades, with epsilon as a line: below it a channel's gain is set by epsilon.
+    Variances are drawn in decades, with epsilon as a line: below it a channel's gain is set by epsilon. A red cross
+    marks a norm of which some numbers cannot be drawn: NaN, infinity, a variance that is not above 0.
 
     Args:
         variables: any tree that `find_norms` reads.
@@ -55,6 +69,7 @@ def plot_statistics(variables: Any, *, where: Where = None, epsilon: float = 1e-
         raise ArgumentError("the norms hold no mean, no variance and no scale.")
     picture = figure(max(6.5, min(14.0, 2 + 0.33 * len(layers))), 0.9 + 2.3 * len(panels))
     rows = picture.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    marked = False
     for axes, (name, title) in zip(rows, panels.items(), strict=True):
         values = [layer.wide(name) for layer in layers]
         if name == "var":
@@ -68,8 +83,13 @@ def plot_statistics(variables: Any, *, where: Where = None, epsilon: float = 1e-
             log_scale(axes)
             lowest = np.nanmin([np.inf, *(z for values in axes.lines[:-1] for z in values.get_ydata())])
             axes.set_ylim(bottom=min(lowest, epsilon) / 100)
+        lost = [i for i, z in enumerate(values, 1) if z is not None and not np.isfinite(z).all()]
+        if lost:
+            crosses(axes, lost)
+            marked = True
     named_layers(rows[-1], [layer.path for layer in layers], "norm, in the order of the report")
-    legend_below(picture, fan_key(FORWARD, "least to largest"), "over the channels of each norm")
+    key = fan_key(FORWARD, "least to largest") + marked * [cross_key("not finite, or var \u2264 0")]
+    legend_below(picture, key, "over the channels of each norm")
     return picture
 
 
@@ -80,7 +100,8 @@ def plot_drift(states: Sequence[Any], steps: Sequence[float] | None = None, *, w
         means      rms_c (mean_t - mean_T) / sqrt(var_T)
         variances  rms_c log(var_t / var_T)
 
-    A line that has not come down at the end is a norm whose statistics are still on their way.
+    A line that has not come down at the end is a norm whose statistics are still on their way. A gap in one is a state
+    of which nothing is finite, and of variances none above 0; the title counts such norms.
 
     Args:
         states: the variables, or the statistics alone, at several steps, in order. All have the same norms.
@@ -119,17 +140,19 @@ def plot_drift(states: Sequence[Any], steps: Sequence[float] | None = None, *, w
             raise ArgumentError(f"state {i} has other norms, or of other shapes, than the last one.")
     picture = figure(10, 4.2)
     left, right = picture.subplots(1, 2)
-    for i, path in enumerate(paths):
+    for i, (path, label) in enumerate(zip(paths, short(paths), strict=True)):
         means, variances = (np.stack([one[path].wide(name) for one in by_state]) for name in ("mean", "var"))
         colour = _between(i / max(1, len(paths) - 1))
         with np.errstate(divide="ignore", invalid="ignore"):
             for axes, apart in (
-                (left, (means - means[-1]) / np.sqrt(variances[-1])), (right, np.log(variances / variances[-1]))
+                (left, (means - means[-1]) / np.sqrt(variances[-1])), (right, np.log(variances) - np.log(variances[-1]))
             ):  # fmt: skip
-                axes.plot(at, _rms(apart), color=colour, marker=".", label=path)
-    left.set(title="means", xlabel="step", ylabel="distance from the last (standard deviations)")
-    right.set(title="variances", xlabel="step", ylabel="|log ratio| to the last (nats)")
-    for axes in (left, right):
+                axes.plot(at, _rms(apart), color=colour, marker=".", label=label)
+    left.set(xlabel="step", ylabel="distance from the last (standard deviations)")
+    right.set(xlabel="step", ylabel="|log ratio| to the last (nats)")
+    for axes, title in ((left, "means"), (right, "variances")):
+        gaps = sum(bool(np.isnan(line.get_ydata()).any()) for line in axes.lines)
+        axes.set_title(title + f", with gaps in {gaps} of {len(paths)}: not finite" * (gaps > 0))
         axes.grid(alpha=0.3)
     lines = left.get_lines()
     ends = lines if len(lines) <= 5 else [lines[0], lines[-1]]
@@ -216,10 +239,11 @@ def _quantiles(z: np.ndarray | None, at: Sequence[float]) -> list[float]:
 
 
 def _rms(z: np.ndarray) -> np.ndarray:
-    """Along the first dimension, of what is finite."""
+    """Along the first dimension, of what is finite; NaN where nothing is."""
     flat = np.abs(z.reshape(len(z), -1))
     some = np.isfinite(flat)
-    return np.sqrt((np.where(some, flat, 0) ** 2).sum(1) / np.maximum(some.sum(1), 1))
+    with np.errstate(invalid="ignore"):
+        return np.sqrt((np.where(some, flat, 0) ** 2).sum(1) / some.sum(1))
 
 
 def _between(part: float) -> tuple[float, ...]:

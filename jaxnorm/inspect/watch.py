@@ -20,6 +20,7 @@ COLUMNS = ["norm", "count", "mean gap", "mean noise", "var gap", "var noise", "s
 SIGNIFICANT = 3  # times the noise
 GAP = "recalibrate"
 SKEW = "devices differ"
+ONE = "one batch: noise unknown"
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,16 @@ def watch(
     of one norm alone is what recalibrating it alone would win. The shares need not add up to 1: norms compensate one
     another, and what is left with all replaced ("recalibrated") is not the statistics' fault but the noise of batches.
 
-    A gap counts when it is above `tolerance` and above three times its noise: the spread between the batches by the
-    root of their number or, of a single batch, 1 / sqrt(count) for a mean and sqrt(2 / count) for a log variance. Skew
-    counts likewise; its noise is what independent elements, count of them on each device, would show.
+    A gap or a skew counts when it is above `tolerance` and above three times its noise: its spread between the batches
+    by the root of their number. Of a single batch the noise is not known (the pixels of a picture are not independent),
+    and nothing counts but statistics that are no numbers.
 
     Args:
         collect: (variables, batch) -> Moments by norm, as `jaxnorm.tools.recalibrate` takes it. In training mode it
             sees what the running statistics were averaged from; in evaluation mode, what they are used on. Moments with
             dimensions in front of those of the running statistics (of vmap, pmap or shard_map) are those of devices.
         variables: any tree that `find_norms` reads.
-        batches: a few will do. They are kept if there is a loss.
+        batches: two or more; a few will do. They are kept if there is a loss.
         loss: (variables, batch, train) -> the mean loss of a batch, a number. It is called on every batch once for each
             norm and three times more: jit it, and choose norms with `where`.
         where: which norms: a pattern, several, or a function of NormLayer.
@@ -94,10 +95,11 @@ def watch(
         Watched: a Report with `recalibrate`, `skewed` and `losses`.
 
     Raises:
-        ArgumentError: when there is no batch or no batch norm, when collect gives what is no Moments, or moments of no
-            norm, of another shape or not finite; when loss is no number.
+        ArgumentError: when there is no batch or no batch norm, or batches are one array; when collect gives what is no
+            Moments, or moments of no norm, of another shape or not finite; when loss is no number.
 
     Example:
+        >>> # of a linen model: collect = lambda v, x: net.apply(v, x, mutable=["moments"])[1]["moments"]
         >>> import jax, jax.numpy as jnp, jaxnorm as jn
         >>> collect = jax.jit(lambda v, x: {"bn": jn.moments(x, "n c", "n")})
         >>> variables = {"bn": {"mean": jnp.array([2.0]), "var": jnp.array([5.0])}}  # the mean fits, the variance not
@@ -113,6 +115,8 @@ def watch(
     """
     if not tolerance >= 0 or not 0 <= epsilon < np.inf:
         raise ArgumentError(f"tolerance and epsilon are numbers from 0, got {tolerance!r} and {epsilon!r}.")
+    if hasattr(batches, "shape") or isinstance(batches, Mapping | str) or not hasattr(batches, "__iter__"):
+        raise ArgumentError(f"batches must be a list of them, got {type(batches).__name__}. Put one batch into a list.")
     norms = NormTable(norm for norm in find_norms(variables) if norm.kind == "batch")
     chosen = choose(norms, where)
     if not chosen:
@@ -120,7 +124,13 @@ def watch(
     kept, seen = [], []
     for batch in batches:
         kept += [batch] if loss is not None else []
-        seen.append(by_norm(collect(variables, batch), norms))
+        moments = collect(variables, batch)
+        if not any(isinstance(z, Moments) for z in jax.tree.leaves(moments, is_leaf=lambda z: isinstance(z, Moments))):
+            raise ArgumentError(
+                f"collect must give a tree of Moments, and {type(moments).__name__} holds none. Of a linen model: "
+                'lambda v, x: net.apply(v, x, mutable=["moments"])[1]["moments"].'
+            )
+        seen.append(by_norm(moments, norms))
     if not seen:
         raise ArgumentError("there was no batch.")
     running = {norm.path: [host(z, at).ravel() for z, at in _statistics(variables, norm)] for norm in chosen}
@@ -130,7 +140,7 @@ def watch(
     }  # fmt: skip
     merged = _merged(parts)
     rows: list[dict[str, Any]] = [
-        {"norm": path, **_row(merged[path], running[path], epsilon, tolerance)} if path in merged
+        {"norm": path, **_row(parts[path], merged[path], running[path], epsilon, tolerance)} if path in merged
         else {"norm": path, "finding": "collect gave no moments of it"}
         for path in chosen.paths
     ]  # fmt: skip
@@ -146,6 +156,7 @@ def watch(
     title = f"{many} of {len(chosen)} batch norms to recalibrate"
     if losses:
         title += ", loss: " + ", ".join(f"{value:.4g} {name}" for name, value in losses.items())
+        title += ", evaluation is no worse: no share" * (losses["evaluation"] <= losses["training"])
     return Watched(title, COLUMNS, rows, losses)
 
 
@@ -207,7 +218,9 @@ def _rms(z: Any) -> float:
     return float(np.sqrt(np.mean(np.abs(z) ** 2))) if z.size else 0.0
 
 
-def _row(merged: list[Moments], running: list[np.ndarray], epsilon: float, tolerance: float) -> dict[str, Any]:
+def _row(
+    parts: Moments, merged: list[Moments], running: list[np.ndarray], epsilon: float, tolerance: float
+) -> dict[str, Any]:
     """What is said of one norm."""
     by_batch, by_device, whole = merged
     n = np.asarray(whole.count)
@@ -223,27 +236,30 @@ def _row(merged: list[Moments], running: list[np.ndarray], epsilon: float, toler
         sound = np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all()
         for name, z in zip(("mean", "var"), apart, strict=True):
             row[f"{name} gap"] = _rms(np.nan_to_num(z[seen], nan=0.0, posinf=np.inf)) if sound else np.inf
-        row["mean noise"], row["var noise"] = _noise(by_batch, seen, scale, epsilon)
+        own, std = np.asarray(by_device.count) > 0, np.sqrt(_var(whole) + epsilon)
+        if own.any(-1).sum() > 1:
+            row["skew"] = _rms(((by_device.mean - whole.mean) / std)[own])
+        some = np.asarray(parts.count) > 0
+        if len(some) == 1:
+            return row | {"finding": ONE if sound else GAP}
+        batch = np.asarray(by_batch.count) > 0
+        row["mean noise"], row["var noise"] = (
+            _noise(z, batch) for z in (by_batch.mean / scale, np.log(_var(by_batch) + epsilon))
+        )
         if any(row[f"{z} gap"] > max(tolerance, SIGNIFICANT * row[f"{z} noise"]) for z in ("mean", "var")):
             findings.append(GAP)
-        own = np.asarray(by_device.count) > 0
-        if own.any(-1).sum() > 1:
-            row["skew"] = _rms(((by_device.mean - whole.mean) / np.sqrt(_var(whole) + epsilon))[own])
-            row["skew noise"] = float(np.sqrt(np.mean(1 / np.asarray(by_device.count)[own])))
+        if "skew" in row:
+            row["skew noise"] = _noise((parts.mean - np.asarray(by_batch.mean)[:, None]) / std, some)
             if row["skew"] > max(tolerance, SIGNIFICANT * row["skew noise"]):
                 findings.append(SKEW)
     return row | {"finding": ", ".join(findings)}
 
 
-def _noise(m: Moments, seen: np.ndarray, scale: np.ndarray, epsilon: float) -> tuple[float, float]:
-    """How far mean and log variance of all batches may be from those of all data: the spread between the batches."""
-    count = np.asarray(m.count)
-    if len(count) == 1:
-        n = count[0][seen]
-        return float(np.sqrt(np.mean(1 / n))), float(np.sqrt(np.mean(2 / n)))
-    spread = [z.std(0, ddof=1)[seen & (count > 0).all(0)] for z in (m.mean / scale, np.log(_var(m) + epsilon))]
-    mean, var = (_rms(z[np.isfinite(z)]) / np.sqrt(len(count)) for z in spread)
-    return mean, var
+def _noise(z: Any, counted: np.ndarray) -> float:
+    """How far the mean of z over batches, its first dimension, may be from that over all data. Infinite: not known."""
+    spread = np.asarray(z).std(0, ddof=1)[counted.all(0)]
+    spread = spread[np.isfinite(spread)]
+    return _rms(spread) / np.sqrt(len(counted)) if spread.size else np.inf
 
 
 def _shares(loss, variables, batches, norms: NormTable, whole) -> tuple[dict[str, float], dict[str, float | None]]:

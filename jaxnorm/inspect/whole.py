@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxnorm.inspect.findings import NOTE, WRONG, initial, updates
+from jaxnorm.inspect.findings import NOTE, WRONG, count_of, initial
 from jaxnorm.inspect.layers import Layer
 from jaxnorm.tools.find import STATE
 
@@ -17,14 +17,14 @@ ALIKE = 0.6  # of difflib, for one name to be another, misspelled
 Placed = tuple[str, str, str]  # path, grade, text
 
 
-def of_model(layers: Sequence[Layer]) -> Iterator[Placed]:
+def of_model(layers: Sequence[Layer], steps: int | None = None) -> Iterator[Placed]:
     """Path, grade and text of each finding."""
-    yield from _never_updated(layers)
+    yield from _never_updated(layers, steps)
     yield from _replicas(layers)
     yield from _apart(layers)
 
 
-def _never_updated(layers: Sequence[Layer]) -> Iterator[Placed]:
+def _never_updated(layers: Sequence[Layer], steps: int | None) -> Iterator[Placed]:
     averaged = [layer for layer in layers if layer.averaged]
     fresh = [layer for layer in averaged if initial(layer)]
     others = [layer.path for layer in averaged if not initial(layer)]
@@ -39,8 +39,10 @@ def _never_updated(layers: Sequence[Layer]) -> Iterator[Placed]:
                 WRONG,
                 f"never updated (mean 0, var 1), though {trained[0]} is trained: was the new state thrown away?",
             )
-        elif updates(layer):
-            yield layer.path, WRONG, f"never updated (mean 0, var 1), though it counts {updates(layer)} updates"
+        elif count_of(layer):
+            yield layer.path, WRONG, f"never updated (mean 0, var 1), though it counts {count_of(layer)} updates"
+        elif steps:
+            yield layer.path, WRONG, f"never updated (mean 0, var 1), after {steps} steps"
         else:
             yield layer.path, NOTE, "never updated (mean 0, var 1), like a model that is not trained yet"
 
@@ -77,7 +79,7 @@ def _replicas(layers: Sequence[Layer]) -> Iterator[Placed]:
             layer.path,
             WRONG,
             f"statistics of {len(layer.values['mean'])} replicas, up to {apart:.2g} standard deviations apart: "
-            "merge_replicas makes them one",
+            "merge_replicas makes them one, unless these are layers or sets of one model",
         )
 
 
@@ -88,7 +90,7 @@ def _rows_same(z: np.ndarray) -> bool:
 def _apart(layers: Sequence[Layer]) -> Iterator[Placed]:
     """Parameters without statistics, and statistics without parameters: lost, or under another name."""
     whole = [layer for layer in layers if layer.averaged]
-    without = [layer for layer in layers if not layer.values.keys() & STATE and not _copy(layer, whole)]
+    without = [layer for layer in layers if not layer.values.keys() & STATE]
     suspects = {layer.path: said for layer in without if (said := _missing(layer, layers, whole)) is not None}
     orphans = [layer for layer in whole if not layer.norm.parameters]
     pairs: dict[str, str] = {}
@@ -122,7 +124,7 @@ def _missing(layer: Layer, layers: Sequence[Layer], whole: Sequence[Layer]) -> t
         return WRONG, f"no statistics, though it is called {last}: were only the parameters saved?"
     kind = [other for other in layers if _like(other, layer) and other is not layer]
     if len(kind) >= 2 and all(other in whole for other in kind) and not last.isdigit():
-        return WRONG, f"no statistics, where {kind[0].path} and all like it have them"
+        return NOTE, f"no statistics, where {kind[0].path} and all like it have them"
     return None
 
 
@@ -132,10 +134,41 @@ def _like(one: Layer, other: Layer) -> bool:
     return paths[0] == paths[1] and one.values.keys() - STATE == other.values.keys() - STATE
 
 
-def _copy(layer: Layer, whole: Sequence[Layer]) -> bool:
-    """Whether it is an averaged copy of a norm's parameters, which needs no statistics of its own."""
-    first, _, rest = layer.path.partition("/")
-    return bool(COPY.search(first)) and any(rest in (o.path, o.path.partition("/")[2]) for o in whole)
+def copies(layers: Sequence[Layer]) -> set[str]:
+    """The paths of what are copies of a model's parameters, which need no statistics: gradients, an optimizer's
+    moments, averages. They lie under a prefix that holds a namesake of every averaged norm of one model, no statistics,
+    and no collection, which would make it a model that has lost them."""
+    whole = [layer for layer in layers if layer.averaged]
+    models: dict[str, set[Placement]] = {}
+    for layer in whole:
+        if layer.norm.parameters:
+            models.setdefault(layer.root, set()).add(_placement(layer, layer.root))
+    first = {layer.path.partition("/")[0] for layer in whole}
+    if len(whole) > 1 and len(first) == 1 and models.keys() == {""}:  # no collection tells where the model begins
+        root = first.pop()
+        models[root] = {_placement(layer, root) for layer in whole}
+    under: dict[str, list[Layer]] = {}
+    for layer in layers:
+        for end in re.finditer("/", layer.path):
+            under.setdefault(layer.path[: end.start()], []).append(layer)
+    out = set()
+    for prefix, own in under.items():
+        if not any(layer.root or layer.values.keys() & STATE for layer in own):
+            names = {_placement(layer, prefix) for layer in own}
+            if any(model <= names for model in models.values()):
+                out |= {layer.path for layer in own}
+    for layer in layers:  # and what is called so, of whatever part of the model
+        prefix, _, rest = layer.path.partition("/")
+        if COPY.search(prefix) and not layer.values.keys() & STATE:
+            out |= {layer.path for o in whole if rest in (o.path, o.path.partition("/")[2])}
+    return out
+
+
+Placement = tuple[str, frozenset[str]]  # of a norm in its model, and its parameters
+
+
+def _placement(layer: Layer, root: str) -> Placement:
+    return layer.path[len(root) :].lstrip("/"), frozenset(layer.values.keys() - STATE)
 
 
 def _likeness(one: Layer, other: Layer) -> float:

@@ -24,7 +24,12 @@ def run(options: Options) -> int:
     try:
         tree = read(options.checkpoint)
         health = report(
-            tree, where=options.where, momentum=options.momentum, epsilon=options.epsilon, debias=options.debias
+            tree,
+            where=options.where,
+            momentum=options.momentum,
+            epsilon=options.epsilon,
+            debias=options.debias,
+            updates=options.updates,
         )
     except ArgumentError as error:
         raise BadOption(error.text) from None

@@ -20,6 +20,8 @@ examples:
       flax.serialization.to_bytes of {"params": ..., "batch_stats": ...}
   jaxnorm doctor checkpoints/1000
       a folder that orbax wrote, or a step of its CheckpointManager
+  jaxnorm doctor model.msgpack --momentum 0.99 --updates 300
+      Flax's norms count nothing: were 300 steps enough to leave the initial statistics behind?
   jaxnorm doctor mobilenet_v2.pth --momentum 0.9
       a torch state_dict; its norms count their updates, so that the momentum tells whether these were enough
   jaxnorm doctor model.safetensors --where "encoder/*" --html report.html
@@ -41,6 +43,7 @@ class Options:
     momentum: float | None = None
     epsilon: float = 1e-5
     debias: bool = False
+    updates: int | None = None
     where: tuple[str, ...] | None = None
 
 
@@ -60,6 +63,12 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     )
     add("--epsilon", "what was added to the variances (default: 1e-5)", type=_not_negative, metavar="X")
     add("--debias", "the averages were bias-corrected", action="store_true")
+    add(
+        "--updates",
+        "how many steps it was trained, for norms that do not count them (default: what a training state says)",
+        type=_whole,
+        metavar="N",
+    )
     add("--where", 'only the norms whose path fits, as "encoder/*,head/bn"', type=some_patterns, metavar="A,B,...")
 
 
@@ -75,6 +84,12 @@ def _not_negative(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number from 0, got {text!r}")
     return value
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}")
+    return int(text)
 
 
 def _number(text: str) -> float:

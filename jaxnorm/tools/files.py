@@ -14,6 +14,7 @@ import numpy as np
 from jaxnorm.errors import ArgumentError, named
 from jaxnorm.errors import _Error as Ours
 from jaxnorm.tools import unpickle
+from jaxnorm.tools.find import natural
 
 Settings = dict[str, dict[str, Any]]
 
@@ -40,7 +41,7 @@ def read(path: str | os.PathLike) -> Any:
     | .msgpack | flax.serialization.to_bytes | flax |
     | .keras .h5 .hdf5 .weights.h5 | Keras: a flat dict of `layer/gamma` | h5py |
     | .onnx | a flat dict of `layer.weight`, in torch's names and layouts | onnx |
-    | a folder | orbax's StandardCheckpointer | orbax-checkpoint |
+    | a folder | orbax's StandardCheckpointer, or a CheckpointManager's of one step and item | orbax-checkpoint |
 
     Args:
         path: of the file.
@@ -188,11 +189,26 @@ def _safetensors(path: Path) -> Checkpoint:
 
 
 def _orbax(path: Path) -> Checkpoint:
-    checkpointer = need("orbax.checkpoint", "orbax-checkpoint").StandardCheckpointer()
-    step = path / "default"  # where a CheckpointManager puts what it has no other name for
-    with checkpointer:
-        tree = checkpointer.restore((step if step.is_dir() else path).absolute())
+    path = _orbax_tree(path)
+    with need("orbax.checkpoint", "orbax-checkpoint").StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(path.absolute())
     return Checkpoint(jax.tree.map(np.asarray, tree))
+
+
+def _orbax_tree(path: Path) -> Path:
+    """The folder of a tree: this one or the only one in it, as the one step or the one item of a CheckpointManager."""
+    marks = ("_METADATA", "checkpoint")  # the second is older
+    if any((path / mark).is_file() for mark in marks):
+        return path
+    if (path / "default").is_dir():  # what a CheckpointManager has no other name for
+        return path / "default"
+    inside = [z for z in path.iterdir() if z.is_dir() and any(any(z.glob(g)) for m in marks for g in (m, f"*/{m}"))]
+    if len(inside) == 1:
+        return _orbax_tree(inside[0])
+    names = sorted((z.name for z in inside or path.iterdir()), key=natural)
+    if inside:
+        raise ArgumentError(f"it holds {', '.join(names[:8])}{', ...' * (len(names) > 8)}: name one.")
+    raise ArgumentError(f"no checkpoint of orbax: it holds {', '.join(names[:8]) or 'nothing'}.")
 
 
 def _keras(path: Path) -> Checkpoint:
