@@ -17,7 +17,7 @@ bench: $(VENV)/bench.stamp  ## set up, then time every norm beside those of othe
 	$(BIN)/jaxnorm bench --out benchmarks/results
 
 test: lint  ## set up, then lint, types and every test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/dev.stamp  ## set up, then lint and types
 	$(BIN)/ruff check
