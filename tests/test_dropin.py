@@ -17,6 +17,7 @@ from modules import CLOSE, HOSTS, KINDS, build, pure, run
 
 import jaxnorm as jn
 from jaxnorm import dropin, linen
+from jaxnorm.modules import result_dtype
 
 hosts = pytest.mark.parametrize("host", HOSTS)
 
@@ -119,7 +120,7 @@ def test_result_dtype():
                 arrays = (jnp.ones(2, x_dtype), None if p_dtype is None else jnp.ones(2, p_dtype), None)
                 with jax.numpy_dtype_promotion("standard"):
                     expected = canonicalize_dtype(*arrays, dtype=dtype)
-                assert dropin.result_dtype(dtype, *arrays) == expected, (dtype, x_dtype, p_dtype)
+                assert result_dtype(dtype, *arrays) == expected, (dtype, x_dtype, p_dtype)
 
 
 @hosts

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer, ones, zeros
 
-from jaxnorm.dropin import NOTHING, Given, check_names, hashable, inexact, lengths_of, naming, result_dtype
+from jaxnorm.dropin import Given
 from jaxnorm.errors import ArgumentError, LayoutError
 from jaxnorm.layout import Names, averaged, channels, kept, last, meet, parse, text_of
+from jaxnorm.modules import NOTHING, check_names, hashable, inexact, lengths_of, naming, result_dtype
 from jaxnorm.moments import Moments, moments
 from jaxnorm.normalize import normalize
 from jaxnorm.running import RunningStats

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer, ones, zeros
 
-from jaxnorm.dropin import result_dtype
 from jaxnorm.errors import LayoutError
 from jaxnorm.family.base import Family, RunningMoments
 from jaxnorm.layout import Names, channels, last
+from jaxnorm.modules import result_dtype
 from jaxnorm.normalize import normalize
 from jaxnorm.norms.conditional import (
     adaptive_instance_norm,

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer, ones
 
-from jaxnorm.dropin import check_names, naming
 from jaxnorm.errors import ArgumentError
 from jaxnorm.family.base import Arrays, Entry
 from jaxnorm.layout import Names, kept, meet
+from jaxnorm.modules import check_names, naming
 from jaxnorm.norms.weights import (
     SpectralState,
     keys,

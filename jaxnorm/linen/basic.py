@@ -13,6 +13,7 @@ from jaxnorm import dropin
 from jaxnorm.dropin import Given
 from jaxnorm.layout import Names
 from jaxnorm.linen.host import hand_out, need_stats
+from jaxnorm.modules import naming, result_dtype
 from jaxnorm.moments import along
 from jaxnorm.running import RunningStats
 
@@ -38,7 +39,7 @@ def _parameters(module: Any, row: dropin.Row, x: jax.Array, given: Given) -> tup
     scale = module.param("scale", module.scale_init, shape, module.param_dtype) if module.use_scale else None
     bias = module.param("bias", module.bias_init, shape, module.param_dtype) if module.use_bias else None
     row, scale, bias = module._affine(row, (scale, bias), given)
-    return row, scale, bias, dropin.result_dtype(module.dtype, x, scale, bias)
+    return row, scale, bias, result_dtype(module.dtype, x, scale, bias)
 
 
 class _Stateless(_Module):
@@ -56,7 +57,7 @@ class _Stateless(_Module):
         Returns:
             y, of the shape of x.
         """
-        with dropin.naming(self, self.path):
+        with naming(self, self.path):
             x = jnp.asarray(x)
             row = self._row(x.shape, sync=not self.is_initializing())
             arrays = _parameters(self, row, x, Given(scale, bias, features))
@@ -144,7 +145,7 @@ class BatchNorm(dropin.Batch, _Module):
             y, of the shape of x.
         """
         evaluate = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        with dropin.naming(self, self.path):
+        with naming(self, self.path):
             x = jnp.asarray(x)
             row = self._row(x.shape, sync=not self.is_initializing())
             need_stats(self, evaluate)

@@ -2,9 +2,9 @@
 
 import flax.linen as nn
 
-from jaxnorm.dropin import naming
 from jaxnorm.family import batch
 from jaxnorm.linen.host import Host, RunningHost
+from jaxnorm.modules import naming
 
 
 class GhostBatchNorm(batch.GhostBatch, RunningHost):

@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.transforms import get_module_scopes
 
-from jaxnorm import dropin
 from jaxnorm.errors import ArgumentError
 from jaxnorm.family.weights import replace, start
+from jaxnorm.modules import naming
 from jaxnorm.moments import Moments, merge
 
 
@@ -34,7 +34,7 @@ class Host(nn.Module, kw_only=True):
     @nn.nowrap
     def _run(self: Any, x, *inputs, use_running_average=None, **call):
         train, initializing = self._trains(use_running_average), self.is_initializing()
-        with dropin.naming(self, self.path):
+        with naming(self, self.path):
             x = jnp.asarray(x)
             lengths = self._lengths(self._shape(x, *inputs))
             own = {
@@ -152,7 +152,7 @@ class Wrapper(nn.Module):
         def call(layer: nn.Module) -> Any:
             return layer(*args, **kwargs)
 
-        with dropin.naming(self, self.path):
+        with naming(self, self.path):
             y = nn.map_variables(call, "params", inside, outside, init=self.is_initializing())(self.layer)
             self._need(found, self.layer.variables.get("params", {}))
         return y

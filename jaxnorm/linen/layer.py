@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from jaxnorm.dropin import naming
 from jaxnorm.family import layer
 from jaxnorm.linen.host import Host
+from jaxnorm.modules import naming
 from jaxnorm.norms.layer import add_norm
 
 

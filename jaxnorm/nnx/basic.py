@@ -14,6 +14,7 @@ from jax.nn.initializers import Initializer, ones, zeros
 from jaxnorm import dropin
 from jaxnorm.dropin import Given
 from jaxnorm.layout import Names
+from jaxnorm.modules import naming, result_dtype
 from jaxnorm.moments import along
 from jaxnorm.nnx.host import fitted, hand_out
 from jaxnorm.running import RunningStats
@@ -57,7 +58,7 @@ class _Module(nnx.Module):
             x, *values = self.promote_dtype(values, dtype=self.dtype)
             parameters = values[len(stats) :]
             values = (x, *parameters)
-        dtype = dropin.result_dtype(self.dtype, *values)
+        dtype = result_dtype(self.dtype, *values)
         scale, bias = (*parameters, None)[:2]
         return x, row, scale, bias, dtype
 
@@ -78,7 +79,7 @@ class _Stateless(_Module):
         Returns:
             y, of the shape of x.
         """
-        with dropin.naming(self):
+        with naming(self):
             x = jnp.asarray(x)
             row = self._row(x.shape)
             x, *arrays = self._arrays(x, row, Given(scale, bias, features))
@@ -159,7 +160,7 @@ class BatchNorm(dropin.Batch, _Module):
             self.use_running_average,
             error_msg="BatchNorm needs use_running_average: in the constructor, in the call, or through nnx.view.",
         )
-        with dropin.naming(self):
+        with naming(self):
             x = jnp.asarray(x)
             row = self._row(x.shape)
             shape = row.lengths(row.running, x.shape)
@@ -311,7 +312,7 @@ class GroupNorm(dropin.Group, _Stateless):
         scale_metadata: Mapping[str, Any] = NO_METADATA, layout: Names | None = None, over: Names | None = None,
         features: Names | None = None, sizes: Mapping[str, int] | None = None,
     ):  # fmt: skip
-        with dropin.naming(self):
+        with naming(self):
             num_groups = dropin.groups_of(num_features, num_groups, group_size)
         group_size = num_features // num_groups  # both are attributes, as in Flax
         _Module._build(**locals())

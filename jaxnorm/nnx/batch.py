@@ -4,8 +4,8 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 
 from flax import nnx
 
-from jaxnorm.dropin import naming
 from jaxnorm.family import batch
+from jaxnorm.modules import naming
 from jaxnorm.nnx.host import Holder, Host, RunningHost, Switch, with_kernels
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.module import first_from
 
-from jaxnorm.dropin import naming
 from jaxnorm.family.weights import start
+from jaxnorm.modules import naming
 from jaxnorm.moments import Moments, merge
 
 

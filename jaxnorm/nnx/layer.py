@@ -6,8 +6,8 @@ from typing import Any
 
 from flax import nnx
 
-from jaxnorm.dropin import naming
 from jaxnorm.family import layer
+from jaxnorm.modules import naming
 from jaxnorm.nnx.host import BareHost, Host
 from jaxnorm.norms.layer import add_norm
 
