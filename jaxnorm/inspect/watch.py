@@ -117,6 +117,8 @@ def watch(
         raise ArgumentError(f"tolerance and epsilon are numbers from 0, got {tolerance!r} and {epsilon!r}.")
     if hasattr(batches, "shape") or isinstance(batches, Mapping | str) or not hasattr(batches, "__iter__"):
         raise ArgumentError(f"batches must be a list of them, got {type(batches).__name__}. Put one batch into a list.")
+    if not callable(collect):
+        raise ArgumentError(f"collect is a function of (variables, batch), got {type(collect).__name__}.")
     norms = NormTable(norm for norm in find_norms(variables) if norm.kind == "batch")
     chosen = choose(norms, where)
     if not chosen:

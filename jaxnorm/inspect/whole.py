@@ -74,7 +74,7 @@ def _replicas(layers: Sequence[Layer]) -> Iterator[Placed]:
             continue
         mean, var = layer.wide("mean"), layer.wide("var")
         with np.errstate(all="ignore"):
-            apart = np.nanmax(np.abs(mean - mean.mean(0)) / np.sqrt(var.mean(0)))  # type: ignore[union-attr,operator]
+            apart = np.nanmax(np.abs(mean - mean.mean(0)) / np.sqrt(var.mean(0)))
         yield (
             layer.path,
             WRONG,

@@ -47,6 +47,8 @@ def use_stored_stats(model: M, where: Where = None) -> M:
     Differs from: `nnx.view(model, use_running_average=True)`, which a call that says `use_running_average=False`
         overrules; `jaxnorm.tools.freeze_stats`, whose layers use the batch and keep their statistics.
     """
+    if not isinstance(model, nnx.Module):
+        raise ArgumentError(f"model must be an nnx.Module, got {type(model).__name__}.")
     chosen = {tuple(norm.path.split("/")) if norm.path else () for norm in running_norms(nnx.state(model), where)}
     view = nnx.clone(model, variables=False)
     for path, module in list(nnx.iter_modules(view)):

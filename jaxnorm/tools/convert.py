@@ -11,7 +11,7 @@ import numpy as np
 from jaxnorm.errors import ArgumentError, named, nearest
 from jaxnorm.tools import files, layouts
 from jaxnorm.tools import settings as words
-from jaxnorm.tools.find import NormTable, Where, choose
+from jaxnorm.tools.find import Where, chosen
 from jaxnorm.tools.models import MANY, Layer, Model, dtype_of, take_apart
 from jaxnorm.tools.pairs import Names, paired
 from jaxnorm.tools.report import Report
@@ -135,11 +135,11 @@ def convert(
     src = take_apart(source, framework)
     tgt = take_apart(target, target_framework, role="target")
     pairs = paired(tgt, src, names)
-    chosen = [layer.path for layer in chosen_of(tgt, where)]
+    wanted = [layer.path for layer in chosen_of(tgt, where)]
     flipped = matching("transposed", transposed, tgt)
     values: dict[tuple[str, str], np.ndarray] = {}
     rows, known, used = [], {}, set()
-    for path in chosen:
+    for path in wanted:
         layer, other = tgt.layers[path], src.layers.get(pairs[path] or "")
         row: dict[str, Any] = {"target": path, "source": pairs[path], "kind": layer.kind}
         rows.append(row)
@@ -306,13 +306,13 @@ class _Job:
 
 def chosen_of(model: Model, where: Where) -> list[Layer]:
     """The layers that `where` asks for."""
-    return list(choose(NormTable(model.layers.values()), where, what="layer"))  # type: ignore[arg-type]
+    return chosen(model.layers.values(), where, what="layer")
 
 
 def matching(argument: str, patterns: str | Sequence[str], model: Model) -> set[str]:
     """The layers that the patterns name: each must name one."""
-    layers = NormTable(model.layers.values())  # type: ignore[arg-type]
-    return set(choose(layers, patterns or (), argument=argument, what="layer").paths)
+    found = chosen(model.layers.values(), patterns or (), argument=argument, what="layer")
+    return {layer.path for layer in found}
 
 
 def _shape(layer: Layer, name: str) -> str:

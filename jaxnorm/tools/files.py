@@ -95,7 +95,9 @@ def write(path: str | os.PathLike, tree: Any) -> None:
 
     Differs from: torch.save, which writes any Python object; this writes arrays.
     """
-    path = Path(path)
+    path = _path(path)
+    if not path.parent.is_dir():
+        raise ArgumentError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}.")
     if path.suffix not in WRITERS:
         raise ArgumentError(f"{path.name!r} has none of the suffixes that can be written: {', '.join(WRITERS)}.")
     part = path.with_name(f".{path.stem}.part{path.suffix}")
@@ -113,7 +115,7 @@ def write(path: str | os.PathLike, tree: Any) -> None:
 
 def load(path: str | os.PathLike) -> Checkpoint:
     """As `read`, with what the file says beside its arrays."""
-    path = Path(path)
+    path = _path(path)
     if not path.exists():
         raise ArgumentError(f"there is no file {str(path)!r}.")
     suffix = "" if path.is_dir() else path.suffix
@@ -130,6 +132,13 @@ def load(path: str | os.PathLike) -> Checkpoint:
         text = " ".join(str(error).split())[:200]
         what = suffix or "orbax"
         raise ArgumentError(f"{path.name!r} is not a whole {what} file: {type(error).__name__} {text}") from error
+
+
+def _path(path: Any) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise ArgumentError(f"a path is needed, got {type(path).__name__}.") from None
 
 
 def need(module: str, package: str) -> Any:

@@ -15,7 +15,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -156,26 +156,42 @@ def find_norms(tree: Any, where: Where = None) -> NormTable:
     return choose(NormTable(sorted(found, key=lambda layer: natural(layer.path))), where)
 
 
-def choose(norms: NormTable, where: Where, *, argument: str = "where", what: str = "norm") -> NormTable:
-    """Those that `where` asks for. A message calls it `argument`, and them `what`."""
+class Placed(Protocol):
+    """What lies somewhere in a tree."""
+
+    @property
+    def path(self) -> str: ...
+
+
+L = TypeVar("L", bound=Placed)
+
+
+def choose(norms: NormTable, where: Where) -> NormTable:
+    """Those that `where` asks for."""
+    return NormTable(chosen(norms, where))
+
+
+def chosen(layers: Iterable[L], where: Any, *, argument: str = "where", what: str = "norm") -> list[L]:
+    """Those of any layers that `where` asks for. A message calls it `argument`, and them `what`."""
+    layers = list(layers)
     if where is None:
-        return norms
+        return layers
     if callable(where):
-        return NormTable(layer for layer in norms if where(layer))
+        return [layer for layer in layers if where(layer)]
+    paths = [layer.path for layer in layers]
     patterns = list(where) if isinstance(where, Iterable) and not isinstance(where, str) else [where]
     found: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise ArgumentError(f"{argument} must be a pattern, several, or a function of NormLayer, got {pattern!r}.")
         slashes = pattern.replace(".", "/")
-        fit = {path for path in norms.paths if fnmatch.fnmatchcase(path, slashes)}
+        fit = {path for path in paths if fnmatch.fnmatchcase(path, slashes)}
         if not fit:
-            known = ", ".join(norms.paths[:8]) + (", ..." if len(norms) > 8 else "") or "none"
-            raise ArgumentError(
-                f"{argument}={pattern!r} matches no {what}.{nearest(slashes, norms.paths)} There are: {known}."
-            )
+            known = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "") or "none"
+            near = nearest(slashes, paths)
+            raise ArgumentError(f"{argument}={pattern!r} matches no {what}.{near} There are: {known}.")
         found |= fit
-    return NormTable(layer for layer in norms if layer.path in found)
+    return [layer for layer in layers if layer.path in found]
 
 
 def optimizer_of(path: KeyPath) -> str | None:

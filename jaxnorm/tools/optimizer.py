@@ -100,9 +100,11 @@ def commit_if_finite(old: Any, new: Any, ok: ArrayLike | None = None) -> Any:
     if ok is None:
         floats = [jnp.asarray(z) for _, _, z in pairs if jnp.issubdtype(jax.typeof(z).dtype, jnp.inexact)]
         ok = functools.reduce(jnp.logical_and, (jnp.isfinite(z).all() for z in floats), jnp.array(True))
-    kind = jax.typeof(ok)
-    if kind.shape or kind.dtype != bool:
-        raise ArgumentError(f"ok is one bool, whether the step counts, got {kind.dtype}{list(kind.shape)}.")
+    array = isinstance(ok, jax.Array | np.ndarray | np.generic | bool | int | float)
+    kind = jax.typeof(ok) if array else None
+    if kind is None or kind.shape or kind.dtype != bool:
+        got = f"{kind.dtype}{list(kind.shape)}" if kind else type(ok).__name__
+        raise ArgumentError(f"ok is one bool, whether the step counts, got {got}.")
     return jax.tree.unflatten(treedef, [jnp.where(ok, z, leaf) for _, leaf, z in pairs])
 
 

@@ -122,6 +122,8 @@ def recalibrate(
             f"passes={passes} reads the batches again, and an iterator can be read once. Give a list, or a function "
             "that returns a new iterator."
         )
+    if not callable(collect):
+        raise ArgumentError(f"collect is a function of (variables, batch), got {type(collect).__name__}.")
     norms = NormTable(layer for layer in find_norms(variables) if layer.kind == "batch")
     chosen = choose(norms, where)
     if not chosen:

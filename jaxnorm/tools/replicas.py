@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import jax
@@ -64,9 +65,12 @@ def merge_replicas(
     """
     leaves = _with_dimension(variables, axis)
     replicas = next(iter(leaves.values())).shape[0]
-    rows = np.ones(replicas) if counts is None else np.asarray(counts, np.float64)
-    if rows.shape != (replicas,) or not (rows >= 0).all() or not 0 < rows.sum() < np.inf:
+    rows = np.ones(replicas) if counts is None else np.asarray(counts)
+    numbers = rows.dtype.kind in "fiu" and rows.shape == (replicas,)
+    if not numbers or not (rows >= 0).all() or not 0 < rows.sum() < np.inf:
         raise ArgumentError(f"counts must be {replicas} numbers from 0, one a replica, got {counts!r}.")
+    if not isinstance(tolerance, Real) or not tolerance >= 0:
+        raise ArgumentError(f"tolerance is a number from 0, got {tolerance!r}.")
     norms = choose(NormTable(n for n in find_norms(variables) if n.kind == "batch"), where)
     new: dict[Any, np.ndarray] = {}
     report = []
@@ -120,13 +124,13 @@ def replicate(variables: Any, devices: int, axis: int = 0) -> Any:
 
     Differs from: `flax.jax_utils.replicate`, which has axis 0 alone and puts each part on its device.
     """
-    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
+    if isinstance(devices, bool) or not isinstance(devices, Integral) or devices < 1:
         raise ArgumentError(f"devices is how many replicas there are to be, a number from 1, got {devices!r}.")
 
     def repeated(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
             return leaf
-        if not isinstance(axis, int) or not -leaf.ndim - 1 <= axis <= leaf.ndim:
+        if not isinstance(axis, Integral) or not -leaf.ndim - 1 <= axis <= leaf.ndim:
             raise ArgumentError(f"{keystr(path)} of shape {leaf.shape} cannot have replicas along axis {axis!r}.")
         stack: Any = jnp.stack if isinstance(leaf, jax.Array) else np.stack
         return stack([leaf] * devices, axis)
@@ -176,7 +180,7 @@ def check_replicas(tree: Any, axis: int | None = None) -> ReplicaReport:
         --------------  --------  ----------
         ['bn']['mean']  1         4
 
-    Source: PEERS, row 6: what jax 0.10 says of `out_specs` and check_vma.
+    Source: seen with jax 0.10.2: with check_vma=False `out_specs=P()` is believed, and the first device's value read.
 
     Differs from: JAX, whose only check is static, at the end of shard_map; torch, which broadcasts buffers from rank 0.
     """
@@ -203,6 +207,8 @@ def check_replicas(tree: Any, axis: int | None = None) -> ReplicaReport:
 
 def _with_dimension(tree: Any, axis: int) -> dict[Any, np.ndarray]:
     """The arrays, on the host, with the replicas along the first dimension."""
+    if isinstance(axis, bool) or not isinstance(axis, Integral):
+        raise ArgumentError(f"axis is the number of a dimension, got {axis!r}.")
     found: dict[Any, np.ndarray] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if not hasattr(leaf, "shape"):

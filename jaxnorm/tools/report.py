@@ -1,7 +1,7 @@
 """What a tool did, as a table."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Report:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterable[dict[str, Any]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.rows)
 
     def _cells(self) -> list[list[str]]:
