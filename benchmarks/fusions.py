@@ -3,9 +3,9 @@
     python benchmarks/fusions.py [--mb 256] [--hlo DIR]
 
 From the compiled HLO of this machine's default device. A stream is the size of x once: `written` counts the results of
-all loops, `read` their operands, each in units of x's bytes; `limit` is what a norm cannot but move (SPEED.md). Small
-results (statistics, scale, bias) count for what they are, next to nothing. The table is printed, and JSON where --json
-says.
+all loops, `read` their operands whole, each in units of x's bytes; `limit` is what a norm cannot but move (see
+jaxnorm/lab/bench/timing.py). Small results (statistics, scale, bias) count for what they are, next to nothing. The
+table is printed, and JSON where --json says.
 """
 
 import argparse

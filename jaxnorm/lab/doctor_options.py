@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxnorm.lab.options import some_patterns
+from jaxnorm.lab.options import index, number, some_patterns
 
 DESCRIPTION: dict[str, Any] = {
     "help": "look through a checkpoint's norms: what is wrong with them, and what is worth knowing",
@@ -58,42 +58,15 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     add(
         "--momentum",
         "the part of the old statistics that was kept in training (torch's is one minus it)",
-        type=_part,
+        type=number(0, 1),
         metavar="X",
     )
-    add("--epsilon", "what was added to the variances (default: 1e-5)", type=_not_negative, metavar="X")
+    add("--epsilon", "what was added to the variances (default: 1e-5)", type=number(0), metavar="X")
     add("--debias", "the averages were bias-corrected", action="store_true")
     add(
         "--updates",
         "how many steps it was trained, for norms that do not count them (default: what a training state says)",
-        type=_whole,
+        type=index,
         metavar="N",
     )
     add("--where", 'only the norms whose path fits, as "encoder/*,head/bn"', type=some_patterns, metavar="A,B,...")
-
-
-def _part(text: str) -> float:
-    value = _number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    value = _number(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number from 0, got {text!r}")
-    return value
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None

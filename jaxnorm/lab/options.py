@@ -145,6 +145,22 @@ def positive(text: str) -> float:
     return value
 
 
+def number(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """A finite number in a range, its ends included."""
+    span = f"from {least:g}" + (f" to {most:g}" if most < math.inf else "")
+
+    def check(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+        if not (least <= value <= most and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be a number {span}, got {text!r}")
+        return value
+
+    return check
+
+
 def one_of(allowed: tuple[str, ...]) -> Callable[[str], str]:
     """One of the names allowed; the nearest is offered where it is not."""
 
