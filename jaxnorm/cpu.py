@@ -12,9 +12,18 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 SMALL = 2**16  # elements: below, the time of a loop is that of starting it, and fewer loops are better
+
+
+OUT_OF_CACHE = 2**26  # bytes: measured where the cores share 32 MB of cache
+
+
+def is_far(x: Array) -> bool:
+    """Whether reading x once more takes longer than simpler loops save. In 16 bits it never does."""
+    return x.nbytes >= OUT_OF_CACHE and x.dtype.itemsize >= 4
 
 
 def _on_cpu(form: Callable, size: int, *arrays: Array):
@@ -48,6 +57,16 @@ def private(copy: int, shape: tuple[int, ...], *arrays: Array) -> tuple[Array, .
 
 def _divided(z: Array) -> tuple[Array]:
     return (z / lax.optimization_barrier(jnp.ones(z.shape, z.dtype)),)
+
+
+def _selected(z: Array) -> tuple[Array]:
+    return (jnp.where(lax.optimization_barrier(True), z, 0),)
+
+
+def summed(z: Array, shape: tuple[int, ...]) -> Array:
+    """`z`, sums over an array of `shape`, as they leave the loop that takes them. What follows would else be done in
+    it, one row at a time (with 65536 rows of 64 a sixth of layer norm). That loop can divide, but not select."""
+    return _on_cpu(_selected, math.prod(shape), z)[0]
 
 
 def settled(z: Array, shape: tuple[int, ...]) -> Array:
@@ -97,3 +116,28 @@ def spread(z: Array, shape: tuple[int, ...]) -> Array:
     if first is None:
         return z
     return settled(jnp.broadcast_to(z, tuple(1 if d == first else n for d, n in enumerate(shape))), shape)
+
+
+def _product(rows: Array, columns: Array) -> Array:
+    return rows * columns
+
+
+def _matrix(rows: Array, columns: Array) -> Array:
+    matrix = lax.dot(rows.reshape(-1, 1), columns.reshape(1, -1), precision=lax.Precision.HIGHEST)
+    return matrix.reshape(np.broadcast_shapes(rows.shape, columns.shape))
+
+
+def outer(rows: Array, columns: Array) -> Array:
+    """`rows * columns`, which vary along the leading dimensions and along the rest, and of which one is linear.
+
+    Backward that one is a sum of products over the dimensions of the other, and here a matrix times a vector: XLA is
+    faster at that than at sums, and computes the matrix once for several of them.
+    """
+    return lax.platform_dependent(rows, columns, cpu=_matrix, default=_product)
+
+
+def is_outer(x: Array, rows: Array, columns: Array) -> bool:
+    """Whether `outer` of the size of x can be had, and is worth it."""
+    leading = max((d for d, n in enumerate(rows.shape) if n > 1), default=-1)
+    rest = min((d for d, n in enumerate(columns.shape) if n > 1), default=x.ndim)
+    return leading < rest and x.size >= SMALL and alone() and not is_far(x) and not jnp.iscomplexobj(x)

@@ -29,7 +29,8 @@ from jaxnorm.sharded import Cut, keep_sharding
 
 ROWWISE = 2  # the copy of x that the sums along rows, and what is made of them, have in common
 PART = 16  # the shift is taken from one part of so many (_part)
-FAR = 1.0  # standard deviations: the digits of a mean that is larger show in y (_mean)
+FAR = 0.7  # standard deviations: of a mean that is larger digits are lost that show (_mean)
+MANY = 256  # elements averaged: of fewer, some mean among many is far from 0 by chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Plan:
     def local(self) -> tuple[int, ...]:
         """The dimensions averaged inside the rule, where the one that is cut is two, of which the first is kept."""
         return self.dims if self.cut is None else tuple(d + (d >= self.cut.dim) for d in self.dims)
+
+    def averaged(self, x: Array) -> int:
+        """How many elements of `x` are averaged together, masked ones too."""
+        return math.prod(x.shape[d] for d in self.local) * (x.shape[-1] // self.groups if self.groups else 1)
 
 
 class Slots(NamedTuple):
@@ -164,8 +169,7 @@ def _whole(plan: Plan, x: Array, slots: Slots) -> float | None:
     """How many elements are averaged here, where that is known: nothing is masked or weighted, and there are some."""
     if slots.valid is not None or slots.weights is not None:
         return None
-    n = math.prod(x.shape[d] for d in plan.local) * (x.shape[-1] // plan.groups if plan.groups else 1)
-    return float(n) or None
+    return float(plan.averaged(x)) or None
 
 
 def with_known_count(plan: Plan, x: Array, slots: Slots, stats: Stats) -> Stats:
@@ -217,55 +221,69 @@ def _part(plan: Plan, x: Array, slots: Slots) -> Array | None:
 
 
 def _mean(plan: Plan, x: Array, slots: Slots, n: Array | float) -> tuple[Array, Array, Array]:
-    """The mean as shift and offset, and m2. Where siblings fuse, the sums about the shift are one pass over x, and so
-    is all of it with a shift that a part of x gives: not where one kernel has a whole row, whose sums cost nothing.
+    """The mean as shift and offset, and m2.
+
+    Where siblings fuse, the sums about the shift are one pass over x, and so is all of it with a shift that a part of x
+    gives: not where one kernel has a whole row, whose sums cost nothing. On CPU a sum of x - shift takes twice as long
+    as one of x, so the sums about 0 come first; those about the mean follow where some mean is far from 0.
     """
 
-    def mean_of(x: Array, n: Array | float) -> tuple[Array, Array]:
-        mean = ratio(_sum(clean(x, x, slots), plan, slots), n)
-        return mean, cpu.settled(_rounded(mean), x.shape)
+    def near_the_mean(first: Array, n: Array | float) -> Array:
+        return cpu.settled(_rounded(ratio(first, n)), x.shape)
 
-    def about(shift: Array, x: Array) -> tuple[Array, Array, Array]:
+    def shift_of(x: Array, n: Array | float) -> Array:
+        return near_the_mean(_sum(clean(x, x, slots), plan, slots), n)
+
+    def sums_about(shift: Array, x: Array) -> tuple[Array, Array]:
         first, second = (centred(plan, x, slots, copy, shift) for copy in (1, 2))
-        return shift, _sum(first, plan, slots), _sum(abs_sq(second), plan, slots)
+        return _sum(first, plan, slots), _sum(abs_sq(second), plan, slots)
 
-    def apart(x: Array) -> tuple[Array, Array, Array]:
-        return about(mean_of(x, n)[1], x)
+    def in_two_passes(x: Array) -> tuple[Array, Array, Array]:
+        shift = shift_of(x, n)
+        first, square = sums_about(shift, x)
+        return shift, cpu.summed(first, x.shape), cpu.summed(square, x.shape)
 
     def in_one_pass(x: Array) -> tuple[Array, Array, Array]:
         part = None if plan.in_one_kernel else _part(plan, x, slots)
         if part is None:
-            return apart(x)
-        return about(mean_of(part, part.size / x.size * n)[1], x)
+            return in_two_passes(x)
+        shift = shift_of(part, part.size / x.size * n)
+        return shift, *sums_about(shift, x)
 
     def together(x: Array) -> tuple[Array, Array, Array]:
-        shift = mean_of(x, n)[1]
+        shift = shift_of(x, n)
         c = centred(plan, x, slots, 1, shift)
         sums = cpu.both([_counted(z, slots, slots.weights) for z in (c, abs_sq(c))], plan.local)
         return shift, _of_groups(plan, sums[0]), _of_groups(plan, sums[1])
 
-    def first_where_it_shows(x: Array) -> tuple[Array, Array, Array]:
-        """The first is a pass of its own, and left out where no mean is large: the sum of x is good to 3 parts in 2^24
-        (measured), so up to a mean of one standard deviation y is off by less than 2 units in the last place."""
-        mean, shift = mean_of(x, n)
-        square = _sum(abs_sq(centred(plan, x, slots, 2, shift)), plan, slots)
-        far = (abs_sq(shift) * n > FAR**2 * square).any()  # a NaN is not, and says nothing of the others
+    def about_zero_if_near(x: Array) -> tuple[Array, Array, Array]:
+        """Good where no mean is larger than a standard deviation: XLA's sums are good to 3 parts in 2^24 (measured), so
+        that y is off by less than 2 units in the last place. Else about the mean that the first sum gives."""
+        first = _sum(clean(x, x, slots), plan, slots)
+        (x,) = cpu.private(1, x.shape, x)
+        square = _sum(abs_sq(clean(x, x, slots)), plan, slots)
+        mean_sq = abs_sq(ratio(first, n)) * n
+        far = (mean_sq > FAR**2 * (square - mean_sq)).any()  # a NaN is not, and hides no other
 
-        def near(x: Array) -> Array:
-            return (mean - shift) * (n if isinstance(n, float | int) else like(n, mean))
+        def about_mean(first: Array, _: Array, x: Array) -> tuple[Array, Array, Array]:
+            shift = near_the_mean(first, n)
+            return shift, *sums_about(shift, x)
 
-        def first(x: Array) -> Array:
-            return _sum(centred(plan, x, slots, 1, shift), plan, slots)
+        def near(first: Array, square: Array, _: Array) -> tuple[Array, Array, Array]:
+            return jnp.zeros_like(first), first, square
 
-        return shift, jax.lax.cond(far, first, near, x), square
+        return jax.lax.cond(far, about_mean, near, first, square, x)
 
-    on_cpu = first_where_it_shows
-    if x.size < cpu.SMALL:  # sums of one loop are taken one after another: over more elements they lose digits
-        few = x.ndim - 1 in plan.local and math.prod(x.shape[d] for d in plan.local) <= 128
-        on_cpu = together if few else apart
+    averaged = plan.averaged(x)
+    if x.size >= cpu.SMALL:
+        on_cpu, elsewhere = about_zero_if_near if averaged >= MANY else in_two_passes, in_one_pass
+    elif x.ndim - 1 in plan.local and averaged <= 128:  # in one loop sums are taken one after another: digits go
+        on_cpu, elsewhere = together, in_two_passes
+    else:
+        on_cpu = elsewhere = in_two_passes
     # Of arrays that the compiler shards the question alone would be one more collective.
-    forms = {"cpu": on_cpu} if cpu.alone() else {}
-    shift, first, square = jax.lax.platform_dependent(x, **forms, default=in_one_pass)
+    forms = {"cpu": on_cpu} if cpu.alone() and on_cpu is not elsewhere else {}
+    shift, first, square = jax.lax.platform_dependent(x, **forms, default=elsewhere)
     offset = ratio(first, n)
     return shift, offset, jnp.maximum(square - n * abs_sq(offset), 0)  # hardly anything cancels: see _part
 
@@ -274,7 +292,7 @@ def _mean(plan: Plan, x: Array, slots: Slots, n: Array | float) -> tuple[Array, 
 def statistics_of(plan: Plan, x: Array, slots: Slots) -> Stats:
     n = _count(plan, x, slots, slots.weights)
     if not plan.center:
-        m2 = _sum(abs_sq(clean(x, x, slots)), plan, slots)
+        m2 = cpu.summed(_sum(abs_sq(clean(x, x, slots)), plan, slots), x.shape)
         shift = offset = jnp.zeros(m2.shape, wide(x.dtype))
     else:
         known = _whole(plan, x, slots)

@@ -23,7 +23,7 @@ NORMS = {
 }
 optimized = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})  # as users compile
 every_norm = pytest.mark.parametrize("name", NORMS)
-means = pytest.mark.parametrize("mean", [0, 0.99, 3, 1e4, 1e6])
+means = pytest.mark.parametrize("mean", [0, 0.65, 0.99, 3, 1e4, 1e6])  # 0.65: sums about 0 lose most (stats.FAR)
 
 
 def sample(name, mean, dtype=np.float32):
