@@ -23,10 +23,10 @@ compile a 50-layer ResNet with batch norm, ours and flax.linen's.""",
     "epilog": """\
 examples:
   jaxnorm bench
-      all of it, three to seven minutes on two cores
+      all of it, some six minutes on two cores
   jaxnorm bench --norms layer,rms --dtypes bfloat16 --peers torch --parts norms
       two norms against torch alone
-  jaxnorm bench --mb 64 --runs 30
+  jaxnorm bench --mb 64 --runs 100
       larger arrays, and a steadier minimum
   jaxnorm bench --peers "" --parts compile
       the ResNet only
@@ -51,7 +51,7 @@ class Options:
     peers: tuple[str, ...] = PEERS
     parts: tuple[str, ...] = PARTS
     mb: float | None = None
-    runs: int = 12
+    runs: int = 40
     out: Path | None = None
 
 
@@ -71,5 +71,5 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     )
     add("--parts", "what, of norms,tiny,compile (default: all)", type=some_of(PARTS, "part"), metavar="A,B,...")
     add("--mb", "megabytes of x in float32 (default: 16, on GPU and TPU 256)", type=positive, metavar="X")
-    add("--runs", "how often each is timed (default: 12)", type=whole, metavar="N")
+    add("--runs", "how often each is timed (default: 40)", type=whole, metavar="N")
     add("--out", "the folder to write to (default: runs/bench-TIME)", type=Path, metavar="DIR")

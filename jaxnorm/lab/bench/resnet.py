@@ -5,6 +5,7 @@ tracing nor compiling depends on their size.
 """
 
 import contextlib
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from jaxnorm.linen import BatchNorm
 
 NORMS = {"flax.linen": nn.BatchNorm, "jaxnorm": BatchNorm}
 STAGES = (3, 4, 6, 3)  # blocks of three convolutions: with the first convolution and the last layer, 50 layers
-RUNS = 3
+RUNS = 5
 
 
 class Bottleneck(nn.Module):
@@ -93,9 +94,12 @@ def measure(stages: Sequence[int] = STAGES, tick: Callable[[], None] = lambda: N
                 model = ResNet(NORMS[name], stages)
                 variables = jax.eval_shape(model.init, jax.random.key(0), x)
                 jax.clear_caches()
+                gc.collect()
+                gc.disable()  # as timeit does: how long it takes is a matter of what else was imported
                 start = time.perf_counter()
                 lowered = jax.jit(partial(step, model)).trace(variables, x, labels).lower()
                 traced = time.perf_counter()
+                gc.enable()
                 with ThreadPoolExecutor(1) as pool:  # Ctrl-C inside XLA's compiler ends in a crash: it waits out here
                     pool.submit(lowered.compile).result()
                 seconds[name]["trace"].append(traced - start)
