@@ -96,6 +96,16 @@ def test_where_siblings_fuse_a_part_gives_the_shift(name, options, taken, monkey
     assert (f"f32[{','.join(map(str, part))}] = slice[" in text) == taken
 
 
+@every_norm
+def test_squares_that_overflow(name, form):
+    """The square of x is no float32, that of x - mean is."""
+    x = sample(name, 1e3) * np.float32(1e17)
+    y, stats = optimized(lambda x: ours(name, x))(x)
+    want, var = exact(name, x)
+    assert abs(np.float64(stats.var) / var - 1).max() <= 1e-6
+    assert (abs(np.float64(y) - want) / np.spacing(np.maximum(1, abs(want)).astype(np.float32))).max() <= 4
+
+
 def test_a_nan_costs_no_digit_of_another_channel(form):
     x = sample("batch", 1e4)
     clean, _ = ours("batch", x)
