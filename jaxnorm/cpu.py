@@ -16,14 +16,12 @@ import numpy as np
 from jax import Array, lax
 
 SMALL = 2**16  # elements: below, the time of a loop is that of starting it, and fewer loops are better
+CACHED = 2**26  # bytes: measured where the cores share 32 MB of cache
 
 
-OUT_OF_CACHE = 2**26  # bytes: measured where the cores share 32 MB of cache
-
-
-def is_far(x: Array) -> bool:
+def is_out_of_cache(x: Array) -> bool:
     """Whether reading x once more takes longer than simpler loops save. In 16 bits it never does."""
-    return x.nbytes >= OUT_OF_CACHE and x.dtype.itemsize >= 4
+    return x.nbytes >= CACHED and x.dtype.itemsize >= 4
 
 
 def _on_cpu(form: Callable, size: int, *arrays: Array):
@@ -140,4 +138,4 @@ def is_outer(x: Array, rows: Array, columns: Array) -> bool:
     """Whether `outer` of the size of x can be had, and is worth it."""
     leading = max((d for d, n in enumerate(rows.shape) if n > 1), default=-1)
     rest = min((d for d, n in enumerate(columns.shape) if n > 1), default=x.ndim)
-    return leading < rest and x.size >= SMALL and alone() and not is_far(x) and not jnp.iscomplexobj(x)
+    return leading < rest and x.size >= SMALL and alone() and not is_out_of_cache(x) and not jnp.iscomplexobj(x)

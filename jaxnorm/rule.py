@@ -180,7 +180,7 @@ def _standardize(plan: Plan, x: Array, slots: Slots, epsilon: Array, scale: Arra
         r = _rsqrt(_var(with_known_count(plan, x, slots, stats), epsilon), x)
         return _plus(_times(c * like(r, c), scale), bias).astype(plan.dtype), stats
 
-    quick = (plan.averaged(x) >= MANY or not plan.center) and not cpu.is_far(x)  # plain sums, then y
+    quick = (plan.averaged(x) >= MANY or not plan.center) and not cpu.is_out_of_cache(x)  # plain sums, then y
     if not local or not rows or quick or x.size < cpu.SMALL:
         return in_steps(x)
     return jax.lax.platform_dependent(x, cpu=in_one_loop, default=in_steps)

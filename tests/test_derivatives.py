@@ -273,8 +273,8 @@ def temporaries(norm, dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_memory_of_a_deep_net(dtype, monkeypatch):
-    """At most a tenth above the net without norms. In bfloat16 that net keeps one array a layer, as relu needs nothing
-    else, and any function that needs its input keeps a second: there an elementwise one is the measure.
+    """In float32 at most a tenth above the net without norms. In bfloat16 that net keeps one array a layer, as relu
+    needs nothing else, and any function that needs its input keeps a second: there an elementwise one is the measure.
     """
     monkeypatch.setattr(cpu, "alone", lambda: True)
     without = {jnp.float32: lambda x, *_: x, jnp.bfloat16: lambda x, *_: lax.erf(x)}[dtype]
@@ -287,4 +287,4 @@ def test_the_memory_of_a_deep_net(dtype, monkeypatch):
         return jn.batch_norm(x, running, scale=scale, bias=bias)[0]
 
     for norm in (layer, batch):
-        assert temporaries(norm, dtype) <= 1.1 * temporaries(without, dtype)
+        assert temporaries(norm, dtype) <= (1.1 if dtype == jnp.float32 else 1.06) * temporaries(without, dtype)

@@ -13,6 +13,7 @@ import table
 
 import jaxnorm as jn
 from jaxnorm import cpu
+from jaxnorm import stats as stats_module
 
 # layout, over, shape, the axes averaged in NumPy
 NORMS = {
@@ -171,7 +172,7 @@ def test_gradients(name, mean, form):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("mean", [0, 0.9, 1.1, 1e4])
+@pytest.mark.parametrize("mean", [0, 0.68, 0.72, 0.9, 1.1, 1e4])  # on either side of stats.FAR
 def test_splits_of_a_batch_agree(mean, form):
     """Eager and jit to 4e-7 of the variance. So do parts that are merged, up to what a mean rounded to float32 costs:
     2 d 2^-24 |mean| where the parts' means differ by d, here 0.1 standard deviations.
@@ -183,3 +184,40 @@ def test_splits_of_a_batch_agree(mean, form):
     for moments, rounding in ((jitted, 0), (halves, 2 * 0.1 * 2**-24 * mean), (sixteenths, 2 * 0.1 * 2**-24 * mean)):
         np.testing.assert_allclose(moments.mean, whole.mean, rtol=1.2e-7, atol=2e-7)
         np.testing.assert_allclose(moments.var, whole.var, rtol=4e-7 + rounding)
+
+
+def programs(name, mean, monkeypatch):
+    """Of a norm with a scale on one CPU: the gradient by x, scale and bias as a jaxpr, in the form of large arrays."""
+    monkeypatch.setattr(cpu, "alone", lambda: True)
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, cpu=None, **_: (cpu or default)(*args))
+    jax.clear_caches()
+    x, scale = sample(name, mean), jnp.ones(NORMS[name][2][-1])
+    loss = lambda x, scale, bias: ours(name, x, scale=scale, bias=bias)[0].sum()
+    text = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, scale, scale))
+    jax.clear_caches()
+    return text
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_rows_are_multiplied_as_a_matrix_on_cpu(cached, monkeypatch):
+    """Else every other test would pass as well, by sums. Out of the cache it is sums."""
+    monkeypatch.setattr(cpu, "CACHED", 2**26 if cached else 0)
+    assert ("dot_general" in programs("layer", 0, monkeypatch)) == cached
+
+
+def test_sums_about_the_mean_are_left_out_where_means_are_small(monkeypatch):
+    """What a call of `sums_about` would give is poisoned: near 0 it is not asked, far from it it is."""
+    monkeypatch.setattr(cpu, "alone", lambda: True)
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    real = stats_module.centred
+
+    def poisoned(plan, x, slots, copy, *means):
+        return real(plan, x, slots, copy, *means) * (jnp.nan if copy in (1, 2) else 1)
+
+    monkeypatch.setattr(stats_module, "centred", poisoned)
+    for mean, far in ((0.6, False), (0.8, True)):
+        jax.clear_caches()
+        moments = jn.moments(np.random.default_rng(0).normal(mean, 1, (2**16, 4)).astype(np.float32), "n c", "n")
+        assert bool(jnp.isnan(moments.var).any()) == far
+    jax.clear_caches()

@@ -83,6 +83,17 @@ def no_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
+@contextlib.contextmanager
+def no_garbage() -> Iterator[None]:
+    """Without garbage collection, as in timeit: how long that takes is a matter of what else was imported."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def measure(stages: Sequence[int] = STAGES, tick: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
     """A row for each norm: seconds to trace and lower, and seconds to compile, of runs in turn."""
     x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
@@ -94,12 +105,10 @@ def measure(stages: Sequence[int] = STAGES, tick: Callable[[], None] = lambda: N
                 model = ResNet(NORMS[name], stages)
                 variables = jax.eval_shape(model.init, jax.random.key(0), x)
                 jax.clear_caches()
-                gc.collect()
-                gc.disable()  # as timeit does: how long it takes is a matter of what else was imported
-                start = time.perf_counter()
-                lowered = jax.jit(partial(step, model)).trace(variables, x, labels).lower()
-                traced = time.perf_counter()
-                gc.enable()
+                with no_garbage():
+                    start = time.perf_counter()
+                    lowered = jax.jit(partial(step, model)).trace(variables, x, labels).lower()
+                    traced = time.perf_counter()
                 with ThreadPoolExecutor(1) as pool:  # Ctrl-C inside XLA's compiler ends in a crash: it waits out here
                     pool.submit(lowered.compile).result()
                 seconds[name]["trace"].append(traced - start)
