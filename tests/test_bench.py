@@ -280,3 +280,11 @@ def test_it_starts_itself_once_more_as_it_was_called(monkeypatch):
         monkeypatch.setenv(name, value)
     command.restart()
     assert len(started) == 1
+
+
+def test_the_mean_that_is_asked_for_is_timed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cases.peers, "calls", lambda name, norm, arrays: seen.append(arrays) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cases.measure("batch", "float32", (4096, 8), ("jaxnorm",), 1, 3.0)
+    np.testing.assert_allclose(np.mean(seen[0][0]), 3, atol=0.05)

@@ -193,7 +193,10 @@ def programs(name, mean, monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, cpu=None, **_: (cpu or default)(*args))
     jax.clear_caches()
     x, scale = sample(name, mean), jnp.ones(NORMS[name][2][-1])
-    loss = lambda x, scale, bias: ours(name, x, scale=scale, bias=bias)[0].sum()
+
+    def loss(x, scale, bias):
+        return ours(name, x, scale=scale, bias=bias)[0].sum()
+
     text = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, scale, scale))
     jax.clear_caches()
     return text

@@ -25,20 +25,22 @@ def scaled(shape: tuple[int, ...], mb: float) -> tuple[int, ...]:
     return (max(1, round(shape[0] * mb / MB)), *shape[1:])
 
 
-def make_arrays(shape: tuple[int, ...], dtype: str) -> tuple[jax.Array, ...]:
-    """x, scale, bias and g: N(0.5, 1), near 1, near 0, N(0, 1)."""
+def make_arrays(shape: tuple[int, ...], dtype: str, mean: float = 0.5) -> tuple[jax.Array, ...]:
+    """x, scale, bias and g: N(mean, 1), near 1, near 0, N(0, 1)."""
     rng = np.random.default_rng(0)
 
     def normal(shape: tuple[int, ...], mean: float, std: float, dtype: str = "float32") -> jax.Array:
         return jnp.asarray(mean + std * rng.standard_normal(shape, np.float32), dtype)
 
     c = shape[-1:]
-    return normal(shape, 0.5, 1, dtype), normal(c, 1, 0.1), normal(c, 0, 0.1), normal(shape, 0, 1, dtype)
+    return normal(shape, mean, 1, dtype), normal(c, 1, 0.1), normal(c, 0, 0.1), normal(shape, 0, 1, dtype)
 
 
-def measure(norm: str, dtype: str, shape: tuple[int, ...], names: tuple[str, ...], runs: int) -> list[dict[str, Any]]:
+def measure(
+    norm: str, dtype: str, shape: tuple[int, ...], names: tuple[str, ...], runs: int, mean: float = 0.5
+) -> list[dict[str, Any]]:
     """A row for each framework and way, and one for the copy."""
-    arrays = make_arrays(shape, dtype)
+    arrays = make_arrays(shape, dtype, mean)
     timed: dict[tuple[str, str], timing.Timed] = {("copy", "copy"): timing.copy(arrays[0])}
     for name in names:
         made = peers.calls(name, norm, arrays)

@@ -107,7 +107,7 @@ def work(options: Options, mb: float, names: tuple[str, ...], kept, console) -> 
         if "norms" in options.parts:
             for norm, dtype, shape in todo:
                 tell_norms(f"{norm} {dtype} {'x'.join(map(str, shape))}")
-                kept.measurements += cases.measure(norm, dtype, shape, names, options.runs)
+                kept.measurements += cases.measure(norm, dtype, shape, names, options.runs, options.mean)
                 tell_norms(advance=1)
         if "tiny" in options.parts:
             for norm in options.norms:

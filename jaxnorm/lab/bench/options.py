@@ -28,6 +28,8 @@ examples:
       two norms against torch alone
   jaxnorm bench --mb 64 --runs 100
       larger arrays, and a steadier minimum
+  jaxnorm bench --norms batch --parts norms --mean 3
+      where means are far from 0, which takes us two sums more on CPU
   jaxnorm bench --peers "" --parts compile
       the ResNet only
 
@@ -51,6 +53,7 @@ class Options:
     peers: tuple[str, ...] = PEERS
     parts: tuple[str, ...] = PARTS
     mb: float | None = None
+    mean: float = 0.5
     runs: int = 40
     out: Path | None = None
 
@@ -71,5 +74,6 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     )
     add("--parts", "what, of norms,tiny,compile (default: all)", type=some_of(PARTS, "part"), metavar="A,B,...")
     add("--mb", "megabytes of x in float32 (default: 16, on GPU and TPU 256)", type=positive, metavar="X")
+    add("--mean", "of x, in standard deviations (default: 0.5)", type=positive, metavar="X")
     add("--runs", "how often each is timed (default: 40)", type=whole, metavar="N")
     add("--out", "the folder to write to (default: runs/bench-TIME)", type=Path, metavar="DIR")

@@ -1,7 +1,7 @@
 """What a norm costs before the first step: tracing and compiling the training step of a 50-layer ResNet.
 
-He et al. 2016, "Deep Residual Learning for Image Recognition", table 1: 53 norms. The pictures are small, as neither
-tracing nor compiling depends on their size.
+He et al. 2016, "Deep Residual Learning for Image Recognition", table 1: 53 norms. The pictures are small, so that the
+arrays are, too: those of large ones get more loops on CPU (jaxnorm/cpu.py), which take longer to compile.
 """
 
 import contextlib
